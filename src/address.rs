@@ -1,0 +1,336 @@
+//! Mailbox addresses as RFC 5321 §4.1.2 writes them: a local part and, mostly, a domain.
+//!
+//! An [`Address`] is made from what an SMTP client or a configuration said; whoever holds one need
+//! not check it again. The domain is kept in its A-label form (RFC 5890 §2.3.2.1), in lower case, so
+//! that `BÜCHER.example` and `xn--bcher-kva.example` are one domain.
+
+use std::fmt;
+
+/// Longest address taken, in bytes. RFC 5321 §4.5.3.1 asks for 64 + 1 + 255; quoting and UTF-8 get room.
+pub const MAX_LENGTH: usize = 1024;
+
+/// A mailbox: `alice@example.org`, `"john doe"@example.org`, or a bare local part as in `postmaster`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address {
+    local: String,
+    domain: Option<String>,
+}
+
+/// Why a string is no [`Address`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddressError {
+    /// Longer than [`MAX_LENGTH`].
+    #[error("address of {0} bytes is too long")]
+    TooLong(usize),
+    /// Not UTF-8 (RFC 6531 allows nothing else beyond ASCII).
+    #[error("address is not UTF-8")]
+    NotUtf8,
+    /// A control character, which no mailbox can hold.
+    #[error("address has a control character")]
+    Control,
+    /// No local part, as in `@example.org`.
+    #[error("address has no local part")]
+    NoLocalPart,
+    /// `@` with nothing behind it, or a domain that is none.
+    #[error("address has no valid domain")]
+    BadDomain,
+    /// A quoted string that does not end, or ends too soon.
+    #[error("address has a broken quoted string")]
+    BadQuoting,
+}
+
+impl Address {
+    /// Reads an address with or without angle brackets.
+    ///
+    /// A source route (`<@a,@b:user@c>`, RFC 5321 appendix C) is dropped, quotes and backslashes of a quoted
+    /// local part are resolved.
+    ///
+    /// # Errors
+    ///
+    /// [`AddressError`] says what is wrong. The null sender `<>` is no address: see [`Sender`].
+    pub fn parse(text: &[u8]) -> Result<Self, AddressError> {
+        if text.len() > MAX_LENGTH {
+            return Err(AddressError::TooLong(text.len()));
+        }
+        let text = std::str::from_utf8(text).map_err(|_| AddressError::NotUtf8)?;
+        let text = text.trim_matches([' ', '\t']);
+        let text = text
+            .strip_prefix('<')
+            .and_then(|t| t.strip_suffix('>'))
+            .unwrap_or(text);
+        if text.chars().any(char::is_control) {
+            return Err(AddressError::Control);
+        }
+        let text = without_source_route(text);
+        let (local, domain) = if let Some(quoted) = text.strip_prefix('"') {
+            let (local, rest) = unquote(quoted)?;
+            match rest.strip_prefix('@') {
+                Some(domain) => (local, Some(domain)),
+                None if rest.is_empty() => (local, None),
+                None => return Err(AddressError::BadQuoting),
+            }
+        } else {
+            match text.rsplit_once('@') {
+                Some((local, domain)) => (local.to_owned(), Some(domain)),
+                None => (text.to_owned(), None),
+            }
+        };
+        if local.is_empty() {
+            return Err(AddressError::NoLocalPart);
+        }
+        let domain = domain
+            .map(|d| normalize_domain(d).ok_or(AddressError::BadDomain))
+            .transpose()?;
+        Ok(Self { local, domain })
+    }
+
+    /// The local part, unquoted, in the case that was given.
+    pub fn local(&self) -> &str {
+        &self.local
+    }
+
+    /// The domain in lower case and A-label form, if there is one.
+    pub fn domain(&self) -> Option<&str> {
+        self.domain.as_deref()
+    }
+
+    /// The same mailbox with another local part.
+    pub fn with_local(&self, local: impl Into<String>) -> Self {
+        Self {
+            local: local.into(),
+            domain: self.domain.clone(),
+        }
+    }
+
+    /// The same mailbox without its domain.
+    pub fn without_domain(&self) -> Self {
+        Self {
+            local: self.local.clone(),
+            domain: None,
+        }
+    }
+
+    /// What stands before the first of `delimiters`, and the extension behind it: `alice`, `shop` of
+    /// `alice+shop`. A delimiter at the very start separates nothing (as in Postfix `recipient_delimiter`).
+    pub fn split_extension(&self, delimiters: &str) -> (&str, Option<&str>) {
+        split_extension(&self.local, delimiters)
+    }
+
+    /// The form in which two spellings of one mailbox are equal: local part in lower case too.
+    pub fn key(&self) -> String {
+        let mut key = self.local.to_lowercase();
+        if let Some(domain) = &self.domain {
+            key.push('@');
+            key.push_str(domain);
+        }
+        key
+    }
+}
+
+/// See [`Address::split_extension`].
+pub fn split_extension<'a>(local: &'a str, delimiters: &str) -> (&'a str, Option<&'a str>) {
+    let split = local
+        .char_indices()
+        .skip(1)
+        .find(|(_, c)| delimiters.contains(*c));
+    match split {
+        Some((at, c)) => (&local[..at], Some(&local[at + c.len_utf8()..])),
+        None => (local, None),
+    }
+}
+
+impl fmt::Display for Address {
+    /// Writes the address as RFC 5321 does, quoting a local part that needs it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if is_dot_string(&self.local) {
+            f.write_str(&self.local)?;
+        } else {
+            f.write_str("\"")?;
+            for c in self.local.chars() {
+                if matches!(c, '"' | '\\') {
+                    f.write_str("\\")?;
+                }
+                write!(f, "{c}")?;
+            }
+            f.write_str("\"")?;
+        }
+        match &self.domain {
+            Some(domain) => write!(f, "@{domain}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The envelope sender: an address, or the null reverse-path of bounces (RFC 5321 §4.5.5).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Sender {
+    /// `<>`
+    Null,
+    /// Anybody else.
+    Mailbox(Address),
+}
+
+impl Sender {
+    /// Reads `<>`, the empty string, or an address.
+    ///
+    /// # Errors
+    ///
+    /// As [`Address::parse`].
+    pub fn parse(text: &[u8]) -> Result<Self, AddressError> {
+        match text {
+            b"" | b"<>" => Ok(Self::Null),
+            _ => Address::parse(text).map(Self::Mailbox),
+        }
+    }
+
+    /// The address, unless it is the null sender.
+    pub fn address(&self) -> Option<&Address> {
+        match self {
+            Self::Null => None,
+            Self::Mailbox(address) => Some(address),
+        }
+    }
+}
+
+impl fmt::Display for Sender {
+    /// Writes the address; the null sender is the empty string.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Null => Ok(()),
+            Self::Mailbox(address) => address.fmt(f),
+        }
+    }
+}
+
+/// A domain in lower case and A-label form; `None` if it is none. Address literals keep their brackets.
+pub fn normalize_domain(domain: &str) -> Option<String> {
+    if domain.starts_with('[') {
+        return domain.ends_with(']').then(|| domain.to_ascii_lowercase());
+    }
+    let domain = domain.strip_suffix('.').unwrap_or(domain);
+    if domain.is_empty() || domain.contains(['@', ' ', '"', '<', '>', '/', '\\']) {
+        return None;
+    }
+    if domain.is_ascii() && !domain.to_ascii_lowercase().contains("xn--") {
+        return Some(domain.to_ascii_lowercase());
+    }
+    // A name that IDNA refuses may still be one that an MTA uses: compare it as it stands.
+    Some(idna::domain_to_ascii(domain).unwrap_or_else(|_| domain.to_lowercase()))
+}
+
+fn without_source_route(text: &str) -> &str {
+    match text.strip_prefix('@') {
+        Some(route) => route.split_once(':').map_or(text, |(_, mailbox)| mailbox),
+        None => text,
+    }
+}
+
+/// The content of a quoted string whose opening quote is gone, and what follows its closing quote.
+fn unquote(text: &str) -> Result<(String, &str), AddressError> {
+    let mut local = String::new();
+    let mut chars = text.char_indices();
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '"' => return Ok((local, &text[at + 1..])),
+            '\\' => local.push(chars.next().ok_or(AddressError::BadQuoting)?.1),
+            c => local.push(c),
+        }
+    }
+    Err(AddressError::BadQuoting)
+}
+
+/// RFC 5321 Dot-string, with RFC 6531's UTF-8.
+fn is_dot_string(local: &str) -> bool {
+    local.split('.').all(|atom| {
+        !atom.is_empty()
+            && atom
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || !c.is_ascii() || "!#$%&'*+-/=?^_`{|}~".contains(c))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn address(text: &str) -> Address {
+        Address::parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn brackets_case_and_source_routes_do_not_matter() {
+        assert_eq!(address("<Alice@Example.ORG>").to_string(), "Alice@example.org");
+        assert_eq!(address("Alice@example.org.").key(), "alice@example.org");
+        assert_eq!(
+            address("<@a.example,@b.example:bob@c.example>").to_string(),
+            "bob@c.example"
+        );
+    }
+
+    #[test]
+    fn quoted_local_parts_are_unquoted_and_quoted_again_only_if_needed() {
+        assert_eq!(address(r#"<"john doe"@example.org>"#).local(), "john doe");
+        assert_eq!(address(r#""a\"b@c"@example.org"#).local(), "a\"b@c");
+        assert_eq!(
+            address(r#""a\"b@c"@example.org"#).to_string(),
+            r#""a\"b@c"@example.org"#
+        );
+        assert_eq!(address(r#""plain"@example.org"#).to_string(), "plain@example.org");
+        assert_eq!(
+            Address::parse(br#""open@example.org"#),
+            Err(AddressError::BadQuoting)
+        );
+    }
+
+    #[test]
+    fn internationalized_domains_are_compared_as_a_labels() {
+        assert_eq!(address("a@BÜCHER.example"), address("a@xn--bcher-kva.example"));
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused() {
+        for bad in [
+            &b""[..],
+            b"<>",
+            b"@example.org",
+            b"a@",
+            b"a\nb@c",
+            b"\xff@example.org",
+            b"a@b/c",
+        ] {
+            assert!(Address::parse(bad).is_err(), "{bad:?}");
+        }
+        assert!(Address::parse(&[b'a'; MAX_LENGTH + 1]).is_err());
+    }
+
+    #[test]
+    fn the_extension_starts_at_the_first_delimiter_but_not_at_the_first_character() {
+        assert_eq!(split_extension("alice+shop", "+"), ("alice", Some("shop")));
+        assert_eq!(split_extension("alice-a+b", "+-"), ("alice", Some("a+b")));
+        assert_eq!(split_extension("+alice", "+"), ("+alice", None));
+        assert_eq!(split_extension("alice", "+"), ("alice", None));
+        assert_eq!(split_extension("alice+", "+"), ("alice", Some("")));
+        assert_eq!(split_extension("alice+shop", ""), ("alice+shop", None));
+    }
+
+    #[test]
+    fn the_null_sender_is_no_address() {
+        assert_eq!(Sender::parse(b"<>"), Ok(Sender::Null));
+        assert_eq!(Sender::parse(b""), Ok(Sender::Null));
+        assert_eq!(Sender::parse(b"<a@b>").unwrap().to_string(), "a@b");
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            let _ = Address::parse(&bytes);
+        }
+
+        #[test]
+        fn writing_and_reading_gives_the_same_address(local in "[^\\p{C}]{1,20}", domain in "[a-z][a-z0-9-]{0,8}\\.example") {
+            let first = Address { local, domain: Some(domain) };
+            prop_assert_eq!(Address::parse(first.to_string().as_bytes()), Ok(first));
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Every recipient decides about their mail while the SMTP session is still open.
+
+pub mod address;
