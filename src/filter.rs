@@ -1,0 +1,238 @@
+//! One user's filter: run through the monitor, and its exit status and output read as a verdict.
+//!
+//! The table of exit statuses is the contract of `usermilter-filter(7)`: 0 accepts, 99 accepts and ends the matter
+//! (qmail-command(8)), the permanent errors of sysexits.h as Postfix local(8) and pipe(8) read them reject, the
+//! temporary ones defer, and everything else is a *filter error*, which never rejects.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config,
+    monitor::{End, Phase, Report, Variable},
+    reply::Reply,
+    spool::Message,
+    user::{User, UserName},
+    verdict::{Opinion, Verdict},
+    worker::{Finished, Monitor, RunRequest},
+};
+
+/// What an exit status means, before any override.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meaning {
+    /// A verdict.
+    Verdict(Verdict),
+    /// Accept, and ask nothing further.
+    AcceptFinally,
+    /// None of the documented ones.
+    Error,
+}
+
+impl Meaning {
+    /// The built-in table.
+    pub fn of_status(status: i32) -> Self {
+        match status {
+            0 => Self::Verdict(Verdict::Accept),
+            99 => Self::AcceptFinally,
+            // EX_NOPERM; EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_CANTCREAT-like EX_PROTOCOL; qmail's 100.
+            77 | 65 | 67 | 68 | 69 | 76 | 100 => Self::Verdict(Verdict::Reject),
+            // EX_TEMPFAIL, EX_OSERR, qmail's 111.
+            75 | 71 | 111 => Self::Verdict(Verdict::Defer),
+            _ => Self::Error,
+        }
+    }
+}
+
+/// What a filter said.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Its opinion, or what a filter error stands for.
+    pub opinion: Opinion,
+    /// Whether it wants no further question (exit status 99).
+    pub is_final: bool,
+    /// For the log: `exit 77`, `signal 9`, `timeout`, or why it was not run.
+    pub status: String,
+    /// Whether it was a filter error.
+    pub is_error: bool,
+    /// How long it ran.
+    pub elapsed: Duration,
+    /// What it wrote to standard error.
+    pub error_output: String,
+}
+
+/// A filter to be asked.
+pub struct Question<'a> {
+    /// Whose filter.
+    pub user: &'a User,
+    /// Which.
+    pub phase: Phase,
+    /// Extension of the address.
+    pub extension: Option<&'a str>,
+    /// Environment, without what is known only when the filter starts.
+    pub variables: Vec<(Variable, String)>,
+    /// The message, in [`Phase::Message`].
+    pub message: Option<&'a Message>,
+    /// When the answer is of no use any more.
+    pub deadline: Instant,
+    /// Whether the reply may go beyond ASCII.
+    pub smtputf8: bool,
+}
+
+/// Runs filters, not too many at a time.
+#[derive(Debug)]
+pub struct Filters {
+    monitor: Arc<Monitor>,
+    settings: config::Filter,
+    all: Arc<Semaphore>,
+    by_user: Mutex<HashMap<UserName, Weak<Semaphore>>>,
+}
+
+impl Filters {
+    /// For a worker.
+    pub fn new(monitor: Arc<Monitor>, settings: config::Filter) -> Self {
+        let all = Arc::new(Semaphore::new(settings.max_processes));
+        Self { monitor, settings, all, by_user: Mutex::default() }
+    }
+
+    /// Asks a filter when there is room for it. `None` if `not_needed` was cancelled before it could start.
+    pub async fn ask(&self, question: Question<'_>, not_needed: &CancellationToken) -> Option<Answer> {
+        let permits = tokio::select! {
+            biased;
+            () = not_needed.cancelled() => return None,
+            permits = self.permits(question.user) => permits,
+            () = tokio::time::sleep_until(question.deadline.into()) => {
+                return Some(self.error("not started before the deadline".into(), Duration::ZERO));
+            }
+        };
+        let answer = self.run(&question).await;
+        drop(permits);
+        Some(answer)
+    }
+
+    /// The user's own permit first: whoever waits for it must not hold one of everybody's.
+    async fn permits(&self, user: &User) -> (Option<OwnedSemaphorePermit>, Option<OwnedSemaphorePermit>) {
+        let own = self.semaphore_of(user);
+        (own.acquire_owned().await.ok(), Arc::clone(&self.all).acquire_owned().await.ok())
+    }
+
+    fn semaphore_of(&self, user: &User) -> Arc<Semaphore> {
+        let mut by_user = self.by_user.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(semaphore) = by_user.get(&user.name).and_then(Weak::upgrade) {
+            return semaphore;
+        }
+        // Only users with filters under way are kept.
+        by_user.retain(|_, semaphore| semaphore.strong_count() > 0);
+        let semaphore = Arc::new(Semaphore::new(self.settings.max_processes_per_user));
+        by_user.insert(user.name.clone(), Arc::downgrade(&semaphore));
+        semaphore
+    }
+
+    async fn run(&self, question: &Question<'_>) -> Answer {
+        let left = question.deadline.saturating_duration_since(Instant::now());
+        let time_limit = left.min(self.settings.timeout.0);
+        let message = match question.message.map(Message::open).transpose() {
+            Ok(message) => message,
+            Err(error) => return self.error(format!("cannot open the message: {error}"), Duration::ZERO),
+        };
+        let mut variables = question.variables.clone();
+        variables.push((Variable::Deadline, time_limit.as_secs().to_string()));
+        let request = RunRequest {
+            user: question.user.clone(),
+            phase: question.phase,
+            extension: question.extension.map(str::to_owned),
+            variables,
+            time_limit,
+            message,
+        };
+        match self.monitor.run(request).await {
+            Ok(finished) => self.judge(&finished, question.smtputf8),
+            Err(error) => self.error(format!("cannot be run: {error}"), Duration::ZERO),
+        }
+    }
+
+    fn judge(&self, finished: &Finished, smtputf8: bool) -> Answer {
+        let elapsed = finished.ended.elapsed;
+        let error_output = String::from_utf8_lossy(&finished.error_output).into_owned();
+        match &finished.refusal {
+            None => (),
+            // Gone since the user was inspected: as if there had been none.
+            Some(Report::NoFilter | Report::NoUser) => {
+                return Answer { error_output, ..accepted("filter is gone".into(), elapsed) };
+            }
+            Some(Report::Refused(why)) => return self.error(format!("not run: {why}"), elapsed),
+            Some(Report::Inspection(_)) => return self.error("not run: unexpected report".into(), elapsed),
+        }
+        let status = match finished.ended.end {
+            End::Exited(status) => status,
+            End::Signaled(signal) => {
+                let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |s| s.as_str());
+                return Answer { error_output, ..self.error(format!("killed by {name}"), elapsed) };
+            }
+            End::TimedOut => return Answer { error_output, ..self.error("timed out".into(), elapsed) },
+            End::NotStarted(errno) => {
+                let why = nix::errno::Errno::from_raw(errno).desc();
+                return self.error(format!("not started: {why}"), elapsed);
+            }
+        };
+        let overridden = u8::try_from(status).ok().and_then(|s| self.settings.exit_status.get(&s));
+        let meaning = overridden.map_or_else(|| Meaning::of_status(status), |verdict| Meaning::Verdict(*verdict));
+        let text = String::from_utf8_lossy(&finished.output);
+        let opinion = match meaning {
+            Meaning::Error => {
+                return Answer { error_output, ..self.error(format!("exit {status}"), elapsed) };
+            }
+            Meaning::AcceptFinally | Meaning::Verdict(Verdict::Accept) => Opinion::Accept,
+            Meaning::Verdict(Verdict::Reject) => Opinion::Reject(Reply::from_text(Verdict::Reject, &text, smtputf8)),
+            Meaning::Verdict(Verdict::Defer) => Opinion::Defer(Reply::from_text(Verdict::Defer, &text, smtputf8)),
+        };
+        let is_final = meaning == Meaning::AcceptFinally;
+        Answer { opinion, is_final, error_output, ..accepted(format!("exit {status}"), elapsed) }
+    }
+
+    fn error(&self, why: String, elapsed: Duration) -> Answer {
+        let opinion = match self.settings.on_error.verdict() {
+            Verdict::Defer => Opinion::Defer(Reply::trouble()),
+            verdict => Opinion::plain(verdict),
+        };
+        Answer { opinion, is_error: true, ..accepted(why, elapsed) }
+    }
+}
+
+fn accepted(status: String, elapsed: Duration) -> Answer {
+    Answer {
+        opinion: Opinion::Accept,
+        is_final: false,
+        status,
+        is_error: false,
+        elapsed,
+        error_output: String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_documented_exit_status_means_what_the_manual_says() {
+        let of = Meaning::of_status;
+        assert_eq!(of(0), Meaning::Verdict(Verdict::Accept));
+        assert_eq!(of(99), Meaning::AcceptFinally);
+        for status in [77, 65, 67, 68, 69, 76, 100] {
+            assert_eq!(of(status), Meaning::Verdict(Verdict::Reject), "{status}");
+        }
+        for status in [75, 71, 111] {
+            assert_eq!(of(status), Meaning::Verdict(Verdict::Defer), "{status}");
+        }
+        let documented = [0, 99, 77, 65, 67, 68, 69, 76, 100, 75, 71, 111];
+        for status in (0..256).filter(|s| !documented.contains(s)) {
+            assert_eq!(of(status), Meaning::Error, "{status}");
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What a user has: filters and rules, asked of the monitor once per `filter.inspect-ttl`.
+
+use std::sync::Arc;
+
+use moka::future::Cache;
+use tracing::warn;
+
+use crate::{
+    logging::{Chain, Quoted},
+    monitor::Inspection,
+    rules::Rules,
+    user::User,
+    worker::{InspectError, Monitor},
+};
+
+/// Users remembered.
+const CAPACITY: u64 = 10_000;
+
+/// What a user has, ready for use.
+#[derive(Debug, Default)]
+pub struct Holdings {
+    /// As the monitor's child saw it.
+    pub inspection: Inspection,
+    /// The compiled rules; `None`: no rules, or rules with an error.
+    pub rules: Option<Rules>,
+}
+
+/// Asks and remembers.
+#[derive(Debug)]
+pub struct Inspector {
+    monitor: Arc<Monitor>,
+    cache: Cache<User, Arc<Holdings>>,
+}
+
+impl Inspector {
+    /// `ttl`: how long an answer is remembered; zero: not at all.
+    pub fn new(monitor: Arc<Monitor>, ttl: std::time::Duration) -> Self {
+        let capacity = if ttl.is_zero() { 0 } else { CAPACITY };
+        Self { monitor, cache: Cache::builder().max_capacity(capacity).time_to_live(ttl).build() }
+    }
+
+    /// What the user has. Simultaneous questions about one user are asked once; errors are not remembered.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not known.
+    pub async fn holdings(&self, user: &User) -> Result<Arc<Holdings>, Arc<InspectError>> {
+        if let Some(holdings) = self.cache.get(user).await {
+            return Ok(holdings);
+        }
+        let ask = async {
+            let inspection = match self.monitor.inspect(user).await {
+                // Known to the resolver, unknown to the monitor: an account that is just being removed.
+                Err(InspectError::NoUser) => Inspection::default(),
+                other => other?,
+            };
+            Ok(Arc::new(Holdings::new(user, inspection)))
+        };
+        self.cache.try_get_with(user.clone(), ask).await
+    }
+}
+
+impl Holdings {
+    fn new(user: &User, mut inspection: Inspection) -> Self {
+        if let Some(problem) = &inspection.rules_problem {
+            warn!(user = %user.name, "rules ignored: {}", Quoted(problem));
+        }
+        let rules = inspection.rules.take().and_then(|source| {
+            let file = |name: &str| source.sender_files.iter().find(|(n, _)| n == name).map(|(_, text)| text.clone());
+            match Rules::parse(&source.text, file) {
+                Ok(rules) => Some(rules).filter(|rules| !rules.is_empty()),
+                Err(error) => {
+                    warn!(user = %user.name, "rules ignored: rules.toml:{}", Quoted(&Chain(&error).to_string()));
+                    None
+                }
+            }
+        });
+        Self { inspection, rules }
+    }
+}

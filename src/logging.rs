@@ -1,0 +1,98 @@
+//! What is logged, and how.
+//!
+//! The policy: *info* has one line per transaction and per refused recipient, queue id first, and the life of the
+//! daemon; *warn* what an operator should look at some day; *error* what needs someone now; *debug* steps;
+//! *trace* protocol frames. Text of strangers is written escaped, so that no line can be forged.
+
+use std::{error::Error, fmt};
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::config::{Log, LogFormat, LogLevel};
+
+/// Starts logging: to the journal when systemd connected standard error with it, else to standard error.
+pub fn start(log: &Log) {
+    let level = match log.level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    // Text on standard error is for people and grep; a write that fails (a closed pipe) must not end the daemon.
+    let stderr = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .log_internal_errors(false);
+    let journal = under_journald().then(tracing_journald::layer).and_then(Result::ok);
+    let layer = match (journal, log.format) {
+        (Some(journal), _) => journal.boxed(),
+        (None, LogFormat::Text) => stderr.boxed(),
+        (None, LogFormat::Json) => stderr.json().flatten_event(true).boxed(),
+    };
+    // A second start (tests in one process) changes nothing.
+    let _ = tracing_subscriber::registry().with(layer.with_filter(level)).try_init();
+}
+
+/// Whether standard error is the journal (systemd.exec(5), `$JOURNAL_STREAM`: device and inode of the stream).
+fn under_journald() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    nix::sys::stat::fstat(std::io::stderr())
+        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// An error with all its causes, as `what failed: because of this: because of that`.
+pub struct Chain<'a>(pub &'a dyn Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// Text of a stranger or a filter, made safe for one line of a log: controls, quotes and backslashes escaped, cut
+/// at [`MAX_QUOTED`] characters.
+pub struct Quoted<'a>(pub &'a str);
+
+/// Longest text that [`Quoted`] writes, in characters.
+pub const MAX_QUOTED: usize = 500;
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for c in self.0.chars().take(MAX_QUOTED) {
+            write!(f, "{}", c.escape_debug())?;
+        }
+        if self.0.chars().nth(MAX_QUOTED).is_some() {
+            f.write_str("…")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_can_forge_a_line() {
+        assert_eq!(Quoted("a\nb\u{1b}[0m\"c").to_string(), "a\\nb\\u{1b}[0m\\\"c");
+        assert_eq!(Quoted(&"x".repeat(600)).to_string().chars().count(), MAX_QUOTED + 1);
+    }
+
+    #[test]
+    fn causes_are_told_once_each() {
+        let error = crate::config::ConfigError::Read {
+            path: "/x".into(),
+            source: std::io::Error::from(std::io::ErrorKind::NotFound),
+        };
+        assert_eq!(Chain(&error).to_string(), "cannot read configuration file /x: entity not found");
+    }
+}

@@ -1,0 +1,229 @@
+//! What must hold of a file before it is executed; asked as the user whose file it is.
+//!
+//! Only the user or root may be able to swap the file, anywhere on its way: then checking by path and
+//! executing by path can't be played against each other by anybody else.
+
+use std::{
+    fs::{self, Metadata},
+    io,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::{FileStat, Mode, SFlag, fstat},
+    unistd::{AccessFlags, access},
+};
+
+/// Write permission of group and others.
+const OTHERS_MAY_WRITE: u32 = 0o022;
+const STICKY: u32 = 0o1000;
+const SETID: u32 = 0o6000;
+
+/// Why a file is not executed.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// There is none.
+    #[error("no such file")]
+    Missing,
+    /// The check named failed on the path.
+    #[error("{}: {problem}", path.display())]
+    Failed {
+        /// On what.
+        path: PathBuf,
+        /// Which check, and what to do.
+        problem: String,
+    },
+}
+
+impl CheckError {
+    fn failed(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Failed { path: path.into(), problem: problem.into() }
+    }
+
+    fn system(path: &Path, error: impl Into<io::Error>) -> Self {
+        Self::failed(path, error.into().to_string())
+    }
+}
+
+/// The real path of an executable that passes every check for the user `uid`.
+///
+/// Symbolic links are followed; the file is never opened for reading or writing.
+///
+/// # Errors
+///
+/// [`CheckError`], with the path on which the check failed.
+pub fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
+    match fs::symlink_metadata(path) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Err(CheckError::Missing);
+        }
+        Err(error) => return Err(CheckError::system(path, error)),
+        Ok(_) => (),
+    }
+    let real = fs::canonicalize(path).map_err(|error| CheckError::system(path, error))?;
+    for directory in real.ancestors().skip(1) {
+        let metadata = fs::symlink_metadata(directory).map_err(|error| CheckError::system(directory, error))?;
+        check_directory(directory, &metadata, uid)?;
+    }
+    // O_PATH: looking at a FIFO or a device must neither wait nor have an effect.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
+    let stat = fstat(&file).map_err(|error| CheckError::system(&real, error))?;
+    check_file(&real, &stat, uid)?;
+    access(&real, AccessFlags::X_OK)
+        .map_err(|_| CheckError::failed(&real, "not executable by its user (chmod u+x)"))?;
+    Ok(real)
+}
+
+fn check_directory(path: &Path, metadata: &Metadata, uid: u32) -> Result<(), CheckError> {
+    if !metadata.is_dir() {
+        // The path was canonical a moment ago: somebody is changing it under us.
+        return Err(CheckError::failed(path, "not a directory"));
+    }
+    check_owner(path, metadata.uid(), uid)?;
+    let mode = metadata.mode();
+    if mode & OTHERS_MAY_WRITE != 0 && mode & STICKY == 0 {
+        return Err(CheckError::failed(path, "directory is writable by group or others (chmod go-w)"));
+    }
+    Ok(())
+}
+
+fn check_file(path: &Path, stat: &FileStat, uid: u32) -> Result<(), CheckError> {
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return Err(CheckError::failed(path, "not a regular file"));
+    }
+    check_owner(path, stat.st_uid, uid)?;
+    if stat.st_mode & OTHERS_MAY_WRITE != 0 {
+        return Err(CheckError::failed(path, "file is writable by group or others (chmod go-w)"));
+    }
+    if stat.st_mode & SETID != 0 {
+        return Err(CheckError::failed(path, "file has a setuid or setgid bit (chmod ug-s)"));
+    }
+    Ok(())
+}
+
+fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
+    if owner == uid || owner == 0 {
+        Ok(())
+    } else {
+        Err(CheckError::failed(path, format!("owned by uid {owner}, neither by the user (uid {uid}) nor by root")))
+    }
+}
+
+/// The text of a regular file, or `None` if there is none. Special files are not waited for.
+///
+/// # Errors
+///
+/// [`CheckError`] if it is no regular file, can't be read, is longer than `limit` bytes, or not UTF-8.
+pub fn read_text(path: &Path, limit: u64) -> Result<Option<String>, CheckError> {
+    use std::{fs::OpenOptions, io::Read, os::unix::fs::OpenOptionsExt};
+    let file = match OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(|error| CheckError::system(path, error))?,
+    };
+    let metadata = file.metadata().map_err(|error| CheckError::system(path, error))?;
+    let kind = metadata.file_type();
+    if !kind.is_file() || kind.is_fifo() {
+        return Err(CheckError::failed(path, "not a regular file"));
+    }
+    let mut text = String::new();
+    file.take(limit + 1).read_to_string(&mut text).map_err(|error| CheckError::system(path, error))?;
+    if text.len() as u64 > limit {
+        return Err(CheckError::failed(path, format!("longer than {limit} bytes")));
+    }
+    Ok(Some(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    struct Scene {
+        directory: tempfile::TempDir,
+        uid: u32,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            Self { directory: tempfile::tempdir().unwrap(), uid: nix::unistd::geteuid().as_raw() }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn filter(&self, name: &str, mode: u32) -> PathBuf {
+            let path = self.path(name);
+            fs::write(&path, "#!/bin/sh\n").unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path
+        }
+
+        fn fault(&self, path: &Path) -> String {
+            executable(path, self.uid).unwrap_err().to_string()
+        }
+    }
+
+    #[test]
+    fn a_filter_of_ones_own_passes_and_links_are_followed_to_the_real_path() {
+        let scene = Scene::new();
+        let filter = scene.filter("message", 0o755);
+        let link = scene.path("link");
+        symlink(&filter, &link).unwrap();
+        assert_eq!(executable(&link, scene.uid).unwrap(), fs::canonicalize(&filter).unwrap());
+    }
+
+    #[test]
+    fn each_check_names_the_path_that_fails_it() {
+        let scene = Scene::new();
+        assert!(scene.fault(&scene.filter("a", 0o775)).contains("a: file is writable by group"));
+        assert!(scene.fault(&scene.filter("b", 0o757)).contains("writable"));
+        assert!(scene.fault(&scene.filter("c", 0o4755)).contains("setuid"));
+        assert!(scene.fault(&scene.filter("d", 0o644)).contains("not executable"));
+        assert!(scene.fault(scene.directory.path()).contains("not a regular file"));
+        nix::unistd::mkfifo(&scene.path("fifo"), Mode::S_IRWXU).unwrap();
+        assert!(scene.fault(&scene.path("fifo")).contains("not a regular file"));
+        symlink("/nonexistent/x", scene.path("dangling")).unwrap();
+        assert!(scene.fault(&scene.path("dangling")).contains("dangling"));
+        assert!(matches!(executable(&scene.path("nothing"), scene.uid), Err(CheckError::Missing)));
+        assert!(matches!(executable(&scene.path("a/message"), scene.uid), Err(CheckError::Missing)));
+    }
+
+    #[test]
+    fn a_directory_that_others_may_write_fails_unless_it_is_sticky() {
+        let scene = Scene::new();
+        let filter = scene.filter("message", 0o755);
+        fs::set_permissions(scene.directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(scene.fault(&filter).contains("directory is writable"));
+        fs::set_permissions(scene.directory.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        assert!(executable(&filter, scene.uid).is_ok());
+    }
+
+    #[test]
+    fn a_file_of_somebody_else_fails() {
+        let scene = Scene::new();
+        let filter = scene.filter("message", 0o755);
+        // Root may own anything; so ask on behalf of a uid that owns nothing here, which the owner must differ from.
+        if scene.uid != 0 {
+            assert!(executable(&filter, scene.uid + 1).unwrap_err().to_string().contains("owned by uid"));
+        } else {
+            nix::unistd::chown(&filter, Some(4242.into()), None).unwrap();
+            assert!(executable(&filter, 4243).unwrap_err().to_string().contains("owned by uid 4242"));
+        }
+    }
+
+    #[test]
+    fn reading_waits_for_no_fifo_and_takes_no_more_than_the_limit() {
+        let scene = Scene::new();
+        nix::unistd::mkfifo(&scene.path("fifo"), Mode::S_IRWXU).unwrap();
+        assert!(read_text(&scene.path("fifo"), 10).is_err());
+        assert!(read_text(Path::new("/dev/zero"), 10).is_err());
+        fs::write(scene.path("long"), "12345678901").unwrap();
+        assert!(read_text(&scene.path("long"), 10).is_err());
+        assert_eq!(read_text(&scene.path("long"), 11).unwrap().as_deref(), Some("12345678901"));
+        assert_eq!(read_text(&scene.path("none"), 10).unwrap(), None);
+    }
+}

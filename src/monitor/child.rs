@@ -1,0 +1,407 @@
+//! The child of one job, from fork to exec, in order: look the user up, check, drop every privilege, prove it,
+//! and only then touch what is the user's.
+//!
+//! Everything here runs in a process of its own, forked from the monitor. A refusal is written to the job's report
+//! pipe, which the worker reads; the pipe closes by itself when the filter is executed.
+
+use std::{
+    ffi::{CStr, CString},
+    fs::{self, File},
+    io::Write,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Component, Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl, open},
+    sys::{
+        prctl,
+        resource::{Resource, getrlimit, rlim_t, setrlimit},
+        signal::Signal,
+        stat::{Mode, SFlag, fstat, umask},
+    },
+    unistd::{
+        self, Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, getgrouplist, getppid,
+        getresgid, getresuid, setgroups, setresgid, setresuid, setsid,
+    },
+};
+
+use super::{
+    checks::{self, CheckError},
+    wire::{self, FilterFile, Inspection, Phase, Report, Variable},
+};
+use crate::{
+    config::Filter,
+    sys,
+    user::{Account, User},
+};
+
+/// SHELL and PATH of every filter.
+const SHELL: &CStr = c"SHELL=/bin/sh";
+const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
+
+/// Exit status of a child that did not become a filter: EX_UNAVAILABLE. Nobody judges by it; the report does.
+const NOT_RUN: i32 = 69;
+
+/// Most filters listed of one user.
+const MAX_FILTERS: usize = 256;
+
+/// What a child needs to know of the process it was forked from.
+pub(super) struct Child<'a> {
+    /// Limits, and where filters lie.
+    pub(super) settings: &'a Filter,
+    /// The parent.
+    pub(super) monitor: Pid,
+}
+
+/// Descriptors and request of a run.
+pub(super) struct Run<'a> {
+    pub(super) user: &'a User,
+    pub(super) phase: Phase,
+    pub(super) extension: Option<&'a str>,
+    pub(super) variables: &'a [(Variable, String)],
+    /// The message; `None` means empty.
+    pub(super) stdin: Option<&'a OwnedFd>,
+    pub(super) stdout: &'a OwnedFd,
+    pub(super) stderr: &'a OwnedFd,
+}
+
+/// Who the child becomes.
+struct Identity {
+    name: String,
+    uid: Uid,
+    gid: Gid,
+    groups: Vec<Gid>,
+    home: PathBuf,
+}
+
+impl Child<'_> {
+    /// Looks at what the user has and reports it. Returns the exit status.
+    pub(super) fn inspect(&self, user: &User, report: &OwnedFd) -> i32 {
+        let outcome = self.become_user(user).and_then(|identity| {
+            let mut inspection = Inspection { uid: identity.uid.as_raw(), ..Inspection::default() };
+            self.find_files(&identity, &mut inspection)?;
+            inspection.home = identity.home;
+            Ok(inspection)
+        });
+        let (report_text, status) = match outcome {
+            Ok(inspection) => (Report::Inspection(inspection), 0),
+            Err(refusal) => (refusal, NOT_RUN),
+        };
+        send(report, &report_text);
+        status
+    }
+
+    /// Becomes the user's filter. Returns only if it could not, with the exit status.
+    pub(super) fn run(&self, run: &Run<'_>, report: &OwnedFd) -> i32 {
+        let Err(refusal) = self.try_run(run);
+        send(report, &refusal);
+        NOT_RUN
+    }
+
+    fn try_run(&self, run: &Run<'_>) -> Result<std::convert::Infallible, Report> {
+        if let Some(message) = run.stdin {
+            check_message(message)?;
+        }
+        self.limit_resources()?;
+        let identity = self.become_user(run.user)?;
+        if self.settings.no_new_privileges {
+            prctl::set_no_new_privs().map_err(|e| refused("prctl(PR_SET_NO_NEW_PRIVS)", e))?;
+        }
+        umask(Mode::S_IRWXG | Mode::S_IRWXO);
+        chdir(&identity.home)
+            .map_err(|e| Report::Refused(format!("home {}: {}", identity.home.display(), e.desc())))?;
+        let filter = self.find_filter(&identity, run)?;
+        let filter = CString::new(filter.as_os_str().as_bytes()).map_err(|e| refused("path of filter", e))?;
+        let environment = environment(&identity, run.variables);
+
+        match run.stdin {
+            Some(message) => dup2_stdin(message),
+            None => open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).and_then(dup2_stdin),
+        }
+        .and_then(|()| dup2_stdout(run.stdout))
+        .and_then(|()| dup2_stderr(run.stderr))
+        .and_then(|()| sys::close_on_exec_from(3))
+        .map_err(|e| refused("descriptors", e))?;
+        execve(&filter, &[&filter], &environment).map_err(|e| {
+            let hint = match e {
+                nix::errno::Errno::ENOENT => " (does the interpreter of its #! line exist?)",
+                nix::errno::Errno::ENOEXEC => " (a script needs a #! line)",
+                _ => "",
+            };
+            Report::Refused(format!("{}: cannot be executed: {}{hint}", filter.to_string_lossy(), e.desc()))
+        })
+    }
+
+    /// Every privilege goes, for good, before anything of the user's is touched.
+    fn become_user(&self, user: &User) -> Result<Identity, Report> {
+        let identity = self.identify(user)?;
+        setsid().map_err(|e| refused("setsid", e))?;
+        let (uid, mut gid) = (identity.uid, identity.gid);
+        if !Uid::effective().is_root() {
+            // Nothing can be changed, nor is there anything to lose: the group is the invoking user's.
+            gid = Gid::effective();
+        } else {
+            setgroups(&identity.groups).map_err(|e| refused("setgroups", e))?;
+            setresgid(gid, gid, gid).map_err(|e| refused("setresgid", e))?;
+            setresuid(uid, uid, uid).map_err(|e| refused("setresuid", e))?;
+        }
+        prove_dropped(uid, gid)?;
+        // After the change of uid, which clears it. The signal goes to a process that may ignore all others.
+        prctl::set_pdeathsig(Signal::SIGKILL).map_err(|e| refused("prctl(PR_SET_PDEATHSIG)", e))?;
+        if getppid() != self.monitor {
+            return Err(Report::Refused("the monitor is gone".into()));
+        }
+        self.check_home(user, &identity)?;
+        Ok(identity)
+    }
+
+    /// Looks the user up and refuses whoever no filter may run as.
+    fn identify(&self, user: &User) -> Result<Identity, Report> {
+        let name = user.name.as_str();
+        let identity = match &user.account {
+            Account::Passwd => {
+                let entry = unistd::User::from_name(name)
+                    .map_err(|e| refused("user database (getpwnam)", e))?
+                    .ok_or(Report::NoUser)?;
+                let c_name = CString::new(entry.name.as_str()).map_err(|e| refused("user name", e))?;
+                let groups = getgrouplist(&c_name, entry.gid).map_err(|e| refused("getgrouplist", e))?;
+                Identity { name: entry.name, uid: entry.uid, gid: entry.gid, groups, home: entry.dir }
+            }
+            Account::Virtual { uid, gid, home } => {
+                let gid = Gid::from_raw(*gid);
+                Identity { name: name.into(), uid: Uid::from_raw(*uid), gid, groups: vec![gid], home: home.clone() }
+            }
+        };
+        let (uid, gid) = (identity.uid.as_raw(), identity.gid.as_raw());
+        let no = |why: String| Err(Report::Refused(format!("user {name} (uid {uid}): {why}")));
+        if uid == 0 || uid < self.settings.min_uid || uid == u32::MAX {
+            return no(format!("no filter runs below filter.min-uid = {}", self.settings.min_uid));
+        }
+        if gid == 0 || gid == u32::MAX || identity.groups.contains(&Gid::from_raw(0)) {
+            return no("no filter runs in group 0".into());
+        }
+        let own = Uid::effective();
+        if !own.is_root() && own != identity.uid {
+            return no(format!("not started as root, so filters run for uid {own} only"));
+        }
+        if let Account::Virtual { .. } = user.account {
+            let range = self.settings.virtual_uids;
+            if own.is_root() && !(range.contains(uid) && range.contains(gid)) {
+                return no(format!("uid or gid {gid} outside filter.virtual-uids [{}, {}]", range.first, range.last));
+            }
+            let plain = identity.home.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+            if !plain || !is_below(&identity.home, &self.settings.virtual_homes) {
+                return no(format!("home {} outside filter.virtual-homes", identity.home.display()));
+            }
+        }
+        Ok(identity)
+    }
+
+    /// A virtual user's home may be reached through links, but not out of `virtual-homes`. Asked as the user, for
+    /// whom nothing is lost by looking.
+    fn check_home(&self, user: &User, identity: &Identity) -> Result<(), Report> {
+        let (Account::Virtual { .. }, Ok(real)) = (&user.account, fs::canonicalize(&identity.home)) else {
+            return Ok(());
+        };
+        let roots: Vec<PathBuf> = self.settings.virtual_homes.iter().filter_map(|p| fs::canonicalize(p).ok()).collect();
+        if is_below(&real, &roots) {
+            Ok(())
+        } else {
+            Err(Report::Refused(format!("home {} leads outside filter.virtual-homes", identity.home.display())))
+        }
+    }
+
+    fn limit_resources(&self) -> Result<(), Report> {
+        let s = self.settings;
+        for (resource, limit) in [
+            (Resource::RLIMIT_CORE, 0),
+            (Resource::RLIMIT_AS, s.max_memory.0),
+            (Resource::RLIMIT_CPU, s.max_cpu.0.as_secs().max(1)),
+            (Resource::RLIMIT_NOFILE, s.max_open_files),
+            (Resource::RLIMIT_FSIZE, s.max_file_size.0),
+            (Resource::RLIMIT_NPROC, s.max_user_processes),
+        ] {
+            let (_, hard) = getrlimit(resource).map_err(|e| refused("getrlimit", e))?;
+            let limit = hard.min(limit as rlim_t);
+            setrlimit(resource, limit, limit).map_err(|e| refused("setrlimit", e))?;
+        }
+        Ok(())
+    }
+
+    fn find_filter(&self, identity: &Identity, run: &Run<'_>) -> Result<PathBuf, Report> {
+        let directory = identity.home.join(&self.settings.directory);
+        for name in run.phase.candidates(run.extension) {
+            match checks::executable(&directory.join(name), identity.uid.as_raw()) {
+                Err(CheckError::Missing) => (),
+                Err(failed) => return Err(Report::Refused(failed.to_string())),
+                Ok(path) => return Ok(path),
+            }
+        }
+        Err(Report::NoFilter)
+    }
+
+    fn find_files(&self, identity: &Identity, inspection: &mut Inspection) -> Result<(), Report> {
+        let directory = identity.home.join(&self.settings.directory);
+        let entries = match fs::read_dir(&directory) {
+            // No directory, or none that the user can read: the user has nothing.
+            Err(_) => return Ok(()),
+            Ok(entries) => entries,
+        };
+        for entry in entries.filter_map(Result::ok) {
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if name == "log" {
+                inspection.log = true;
+            } else if is_filter_name(&name) && inspection.filters.len() < MAX_FILTERS {
+                let problem = match checks::executable(&directory.join(&name), identity.uid.as_raw()) {
+                    Ok(_) => None,
+                    Err(CheckError::Missing) => continue,
+                    Err(failed) => Some(failed.to_string()),
+                };
+                inspection.filters.push(FilterFile { name, problem });
+            }
+        }
+        inspection.filters.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(())
+    }
+}
+
+fn is_filter_name(name: &str) -> bool {
+    [Phase::Recipient, Phase::Message]
+        .iter()
+        .filter_map(|phase| name.strip_prefix(phase.as_str()))
+        .any(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
+fn is_below(path: &Path, roots: &[PathBuf]) -> bool {
+    roots.iter().any(|root| path != root && path.starts_with(root))
+}
+
+/// The old ids must be gone from every slot, and an attempt to get root back must fail.
+fn prove_dropped(uid: Uid, gid: Gid) -> Result<(), Report> {
+    let uids = getresuid().map_err(|e| refused("getresuid", e))?;
+    let gids = getresgid().map_err(|e| refused("getresgid", e))?;
+    let all_uids = [uids.real, uids.effective, uids.saved].iter().all(|id| *id == uid);
+    let all_gids = [gids.real, gids.effective, gids.saved].iter().all(|id| *id == gid);
+    if !all_uids || !all_gids {
+        return Err(Report::Refused("ids differ from those of the user".into()));
+    }
+    let (root_uid, root_gid) = (Uid::from_raw(0), Gid::from_raw(0));
+    if setresuid(root_uid, root_uid, root_uid).is_ok() || setresgid(root_gid, root_gid, root_gid).is_ok() {
+        return Err(Report::Refused("privileges could be regained after setresuid".into()));
+    }
+    Ok(())
+}
+
+/// Whatever the worker says, a filter reads an anonymous regular file that this descriptor can't write.
+fn check_message(message: &OwnedFd) -> Result<(), Report> {
+    let stat = fstat(message).map_err(|e| refused("fstat of message", e))?;
+    let flags = fcntl(message.as_fd(), FcntlArg::F_GETFL).map_err(|e| refused("fcntl of message", e))?;
+    let regular = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+    let read_only = OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE == OFlag::O_RDONLY;
+    if regular && read_only && stat.st_nlink == 0 {
+        Ok(())
+    } else {
+        Err(Report::Refused("the message is not an anonymous read-only file".into()))
+    }
+}
+
+fn environment(identity: &Identity, variables: &[(Variable, String)]) -> Vec<CString> {
+    let home = identity.home.as_os_str().as_bytes();
+    let own = [("HOME", home), ("USER", identity.name.as_bytes()), ("LOGNAME", identity.name.as_bytes())];
+    let given = variables.iter().map(|(variable, value)| (variable.name(), value.as_bytes()));
+    own.into_iter()
+        .chain(given)
+        // A value with NUL has no form in an environment; the worker has dropped and logged such.
+        .filter_map(|(name, value)| CString::new([name.as_bytes(), b"=", value].concat()).ok())
+        .chain([SHELL.to_owned(), PATH.to_owned()])
+        .collect()
+}
+
+fn refused(what: &str, error: impl std::fmt::Display) -> Report {
+    Report::Refused(format!("{what}: {error}"))
+}
+
+/// The worker may be gone; then nobody misses the report.
+fn send(pipe: &OwnedFd, report: &Report) {
+    if let (Ok(bytes), Ok(pipe)) = (wire::encode(report), pipe.try_clone()) {
+        let _ = File::from(pipe).write_all(&bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::IdRange, user::UserName};
+
+    fn settings() -> Filter {
+        Filter {
+            virtual_uids: IdRange { first: 5000, last: 5999 },
+            virtual_homes: vec!["/var/vmail".into()],
+            ..Filter::default()
+        }
+    }
+
+    fn refusal(user: &str, account: Account) -> String {
+        let settings = settings();
+        let child = Child { settings: &settings, monitor: getppid() };
+        let user = User { name: UserName::try_from(user.to_owned()).unwrap(), account };
+        match child.identify(&user) {
+            Ok(identity) => format!("{} allowed", identity.uid),
+            Err(Report::Refused(why)) => why,
+            Err(other) => format!("{other:?}"),
+        }
+    }
+
+    fn virtual_user(uid: u32, gid: u32, home: &str) -> Account {
+        Account::Virtual { uid, gid, home: home.into() }
+    }
+
+    #[test]
+    fn nobody_runs_a_filter_as_root_or_as_a_system_account() {
+        assert!(refusal("root", Account::Passwd).contains("min-uid"));
+        assert!(refusal("daemon", Account::Passwd).contains("min-uid"));
+        assert!(refusal("v", virtual_user(0, 5000, "/var/vmail/v")).contains("min-uid"));
+        assert!(refusal("v", virtual_user(u32::MAX, 5000, "/var/vmail/v")).contains("min-uid"));
+        assert!(refusal("v", virtual_user(5000, 0, "/var/vmail/v")).contains("group 0"));
+        assert_eq!(refusal("umt-nobody-has-this-name", Account::Passwd), "NoUser");
+    }
+
+    #[test]
+    fn virtual_users_stay_inside_what_the_configuration_allows() {
+        if !Uid::effective().is_root() {
+            assert!(refusal("v", virtual_user(5000, 5000, "/var/vmail/v")).contains("not started as root"));
+            return;
+        }
+        assert_eq!(refusal("v", virtual_user(5000, 5000, "/var/vmail/v")), "5000 allowed");
+        assert!(refusal("v", virtual_user(4999, 5000, "/var/vmail/v")).contains("virtual-uids"));
+        assert!(refusal("v", virtual_user(5000, 6000, "/var/vmail/v")).contains("virtual-uids"));
+        for home in ["/var/vmail", "/var/vmail/../root", "/var/vmailx/v", "var/vmail/v", "/root"] {
+            assert!(refusal("v", virtual_user(5000, 5000, home)).contains("virtual-homes"), "{home}");
+        }
+    }
+
+    #[test]
+    fn only_names_of_filters_are_filters() {
+        for name in ["message", "recipient", "message-shop", "recipient-default"] {
+            assert!(is_filter_name(name));
+        }
+        for name in ["messages", "message.bak", "rules.toml", "log", "xmessage"] {
+            assert!(!is_filter_name(name));
+        }
+    }
+
+    #[test]
+    fn a_message_that_could_be_written_or_has_a_name_is_refused() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let open = |path: &Path| OwnedFd::from(File::open(path).unwrap());
+        assert!(check_message(&open(named.path())).is_err());
+        let anonymous = tempfile::tempfile().unwrap();
+        assert!(check_message(&sys::reopen_for_reading(&anonymous).unwrap()).is_ok());
+        assert!(check_message(&anonymous.into()).is_err());
+        assert!(check_message(&open(Path::new("/dev/null"))).is_err());
+    }
+}

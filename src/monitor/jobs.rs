@@ -1,0 +1,193 @@
+//! The children that run for workers: started, timed, ended, reaped.
+
+use std::{
+    collections::HashMap,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{Signal, kill, killpg},
+        wait::WaitStatus,
+    },
+    unistd::{Pid, getpid},
+};
+use tracing::debug;
+
+use super::{
+    child::{Child, Run},
+    wire::{End, JobId, Request},
+};
+use crate::{config::Filter, sys};
+
+/// From SIGTERM to SIGKILL.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Time limit of an inspection, which only looks at a few files; a home that hangs must not hold it for ever.
+const INSPECT_TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// Inspections that a worker may have under way, beside `max-processes` filters.
+pub(super) const MAX_INSPECTIONS: usize = 32;
+
+/// Number by which the monitor tells its workers apart.
+pub(super) type WorkerId = u64;
+
+/// All children that are not workers.
+#[derive(Default)]
+pub(super) struct Jobs {
+    running: HashMap<Pid, Job>,
+}
+
+struct Job {
+    worker: WorkerId,
+    id: JobId,
+    started: Instant,
+    /// When to send the next signal.
+    deadline: Instant,
+    stage: Stage,
+}
+
+/// How far the ending of a job has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Running,
+    Terminated,
+    Killed,
+}
+
+/// A job that ended.
+pub(super) struct Ended {
+    pub(super) worker: WorkerId,
+    pub(super) id: JobId,
+    pub(super) end: End,
+    pub(super) elapsed: Duration,
+}
+
+/// A request that no honest worker sends.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BadRequest {
+    #[error("request with {0} descriptors")]
+    Descriptors(usize),
+    #[error("more jobs at a time than allowed ({0})")]
+    TooMany(usize),
+    #[error("no job")]
+    NoJob,
+}
+
+impl Jobs {
+    /// Starts the child that a request asks for. `Some` if it could not be forked.
+    pub(super) fn start(
+        &mut self,
+        worker: WorkerId,
+        request: &Request,
+        descriptors: &[OwnedFd],
+        settings: &Filter,
+    ) -> Result<Option<Ended>, BadRequest> {
+        let limit = settings.max_processes + MAX_INSPECTIONS;
+        if self.of_worker(worker) >= limit {
+            return Err(BadRequest::TooMany(limit));
+        }
+        let child = Child { settings, monitor: getpid() };
+        let (id, time_limit, forked) = match request {
+            Request::Ready => return Err(BadRequest::NoJob),
+            Request::Inspect { job, user } => {
+                let [report] = descriptors else { return Err(BadRequest::Descriptors(descriptors.len())) };
+                (*job, INSPECT_TIME_LIMIT, fork_job(|| child.inspect(user, report)))
+            }
+            Request::Run { job, user, phase, extension, variables, time_limit } => {
+                let (stdin, stdout, stderr, report) = match descriptors {
+                    [stdin, stdout, stderr, report] => (Some(stdin), stdout, stderr, report),
+                    [stdout, stderr, report] => (None, stdout, stderr, report),
+                    _ => return Err(BadRequest::Descriptors(descriptors.len())),
+                };
+                let run =
+                    Run { user, phase: *phase, extension: extension.as_deref(), variables, stdin, stdout, stderr };
+                let time_limit = Duration::from_millis(*time_limit).min(settings.timeout.0);
+                (*job, time_limit, fork_job(|| child.run(&run, report)))
+            }
+        };
+        let started = Instant::now();
+        match forked {
+            Ok(pid) => {
+                let deadline = started + time_limit;
+                self.running.insert(pid, Job { worker, id, started, deadline, stage: Stage::Running });
+                Ok(None)
+            }
+            Err(errno) => {
+                let end = End::NotStarted(errno as i32);
+                Ok(Some(Ended { worker, id, end, elapsed: Duration::ZERO }))
+            }
+        }
+    }
+
+    /// Takes note of a child that waits to be reaped, and ends what it left in its process group. `None`: not ours.
+    ///
+    /// To be called before the child is reaped: until then its pid, and so the group's number, is taken.
+    pub(super) fn ended(&mut self, status: WaitStatus) -> Option<Ended> {
+        let pid = status.pid()?;
+        let job = self.running.remove(&pid)?;
+        let _ = killpg(pid, Signal::SIGKILL);
+        let end = match (job.stage, status) {
+            (Stage::Running, WaitStatus::Exited(_, code)) => End::Exited(code),
+            (Stage::Running, WaitStatus::Signaled(_, signal, _)) => End::Signaled(signal as i32),
+            _ => End::TimedOut,
+        };
+        Some(Ended { worker: job.worker, id: job.id, end, elapsed: job.started.elapsed() })
+    }
+
+    /// Ends every job whose time is up: SIGTERM to the whole group, SIGKILL [`GRACE`] later.
+    pub(super) fn enforce_deadlines(&mut self, now: Instant) {
+        for (pid, job) in &mut self.running {
+            if job.deadline > now {
+                continue;
+            }
+            let (signal, stage) = match job.stage {
+                Stage::Running => (Signal::SIGTERM, Stage::Terminated),
+                Stage::Terminated | Stage::Killed => (Signal::SIGKILL, Stage::Killed),
+            };
+            debug!(%pid, %signal, "time is up");
+            signal_group(*pid, signal);
+            job.stage = stage;
+            job.deadline = now + GRACE;
+        }
+    }
+
+    /// When [`Jobs::enforce_deadlines`] has something to do next.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.running.values().map(|job| job.deadline).min()
+    }
+
+    /// Begins to end the jobs of a worker that is gone.
+    pub(super) fn end_of_worker(&mut self, worker: WorkerId) {
+        let now = Instant::now();
+        for job in self.running.values_mut().filter(|job| job.worker == worker && job.stage == Stage::Running) {
+            job.deadline = now;
+        }
+        self.enforce_deadlines(now);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.running.is_empty()
+    }
+
+    fn of_worker(&self, worker: WorkerId) -> usize {
+        self.running.values().filter(|job| job.worker == worker).count()
+    }
+}
+
+/// Forks a child that handles signals as any program does.
+fn fork_job(job: impl FnOnce() -> i32) -> nix::Result<Pid> {
+    sys::fork(|| match sys::reset_signals() {
+        Ok(()) => job(),
+        Err(_) => 1,
+    })
+}
+
+/// Signals a child and its group; a child that has no group yet is alone.
+fn signal_group(pid: Pid, signal: Signal) {
+    if let Err(Errno::ESRCH) = killpg(pid, signal) {
+        let _ = kill(pid, signal);
+    }
+}

@@ -1,0 +1,22 @@
+//! The privileged side: one thread, no async runtime, and no byte of what a stranger sent is looked at.
+//!
+//! The monitor binds the sockets, starts the worker, and serves an enumerated table of requests,
+//! [`wire::Request`]: *inspect* a user, *run* a user's filter. Each is done by a forked child ([`child`]) that
+//! becomes the user before it touches anything of theirs. The worker names a user; what is executed is found, and
+//! checked, by the child. A malformed or excessive request ends the worker.
+//!
+//! [`supervise`] is the loop: requests, ended children, time limits, reload and shutdown.
+
+mod checks;
+mod child;
+mod jobs;
+mod sockets;
+mod supervise;
+mod wire;
+
+pub use sockets::BindError;
+pub use supervise::{MonitorError, serve};
+pub use wire::{
+    End, Event, FilterFile, Inspection, JobId, MAX_PACKET, MAX_REPORT, Malformed, Phase, Report, Request, Variable,
+    decode, encode,
+};

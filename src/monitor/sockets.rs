@@ -1,0 +1,137 @@
+//! The listening sockets: bound by the monitor, kept by it while workers come and go.
+
+use std::{
+    fs, io,
+    net::TcpListener,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileTypeExt, MetadataExt, PermissionsExt, chown},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+    rc::Rc,
+};
+
+use crate::config::{Server, SocketAddress};
+
+/// A bound socket. The path of a Unix socket is removed when nobody uses it any more.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) address: SocketAddress,
+    pub(super) descriptor: OwnedFd,
+    /// Device and inode of the path, so that only our own socket is removed.
+    identity: Option<(PathBuf, u64, u64)>,
+}
+
+/// All sockets of a configuration, by interface.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Listeners {
+    pub(super) milter: Vec<Rc<Listener>>,
+    pub(super) policy: Vec<Rc<Listener>>,
+}
+
+/// A socket that can't be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}")]
+pub struct BindError {
+    address: SocketAddress,
+    source: io::Error,
+}
+
+impl Listeners {
+    /// Binds what the configuration wants and `existing` does not have yet.
+    pub(super) fn bind(server: &Server, existing: &Self) -> Result<Self, BindError> {
+        let get = |address: &SocketAddress| match existing.all().find(|l| &l.address == address) {
+            Some(listener) => Ok(Rc::clone(listener)),
+            None => Listener::bind(address, server)
+                .map(Rc::new)
+                .map_err(|source| BindError { address: address.clone(), source }),
+        };
+        Ok(Self {
+            milter: server.milter.iter().map(get).collect::<Result<_, _>>()?,
+            policy: server.policy.iter().map(get).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl Listeners {
+    pub(super) fn all(&self) -> impl Iterator<Item = &Rc<Listener>> {
+        self.milter.iter().chain(&self.policy)
+    }
+}
+
+impl Listener {
+    fn bind(address: &SocketAddress, server: &Server) -> io::Result<Self> {
+        match address {
+            SocketAddress::Inet(inet) => {
+                let listener = TcpListener::bind(inet)?;
+                listener.set_nonblocking(true)?;
+                Ok(Self { address: address.clone(), descriptor: listener.into(), identity: None })
+            }
+            SocketAddress::Unix(path) => {
+                remove_stale(path)?;
+                let listener = UnixListener::bind(path)?;
+                listener.set_nonblocking(true)?;
+                if let Some(group) = &server.socket_group {
+                    let group = nix::unistd::Group::from_name(group)?
+                        .ok_or_else(|| io::Error::other(format!("group {group} does not exist")))?;
+                    chown(path, None, Some(group.gid.as_raw()))?;
+                }
+                fs::set_permissions(path, fs::Permissions::from_mode(server.socket_mode.0))?;
+                let metadata = fs::symlink_metadata(path)?;
+                let identity = Some((path.clone(), metadata.dev(), metadata.ino()));
+                Ok(Self { address: address.clone(), descriptor: listener.into(), identity })
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some((path, device, inode)) = &self.identity
+            && fs::symlink_metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (*device, *inode))
+        {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Removes a socket that a process left behind; one that somebody serves is left alone.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            Err(io::Error::new(io::ErrorKind::AlreadyExists, "the path exists and is no socket"))
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+            Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves this socket")),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stale_socket_is_replaced_a_served_one_and_a_file_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let address = SocketAddress::Unix(path.clone());
+        let server = Server::default();
+        drop(UnixListener::bind(&path).unwrap());
+        let listener = Listener::bind(&address, &server).unwrap();
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o660);
+        assert!(Listener::bind(&address, &server).is_err());
+        drop(listener);
+        assert!(!path.exists());
+        fs::write(&path, "precious").unwrap();
+        assert!(Listener::bind(&address, &server).is_err());
+        assert!(path.exists());
+    }
+}

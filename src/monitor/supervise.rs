@@ -1,0 +1,477 @@
+//! The monitor's loop, and the life cycle of workers.
+//!
+//! There is one worker that serves, at times a *candidate* that is to replace it (reload), and workers that
+//! *drain*. The listening sockets belong to the monitor, so that none of this loses a connection.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    path::PathBuf,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::{SigSet, Signal, kill},
+        signalfd::{SfdFlags, SignalFd},
+        socket::{AddressFamily, SockFlag, SockType, socketpair},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
+    },
+    unistd::Pid,
+};
+use tracing::{error, info, warn};
+
+use super::{
+    BindError,
+    jobs::{Ended, Jobs, WorkerId},
+    sockets::{Listener, Listeners},
+    wire::{Event, MAX_PACKET, Request, decode, encode},
+};
+use crate::{
+    config::{Config, ConfigError},
+    sys,
+    worker::{self, Inherited},
+};
+
+/// How long a new worker may take until it is ready.
+const READY_TIME_LIMIT: Duration = Duration::from_secs(30);
+/// A worker that lived as long is restarted at once.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// First and longest pause before a worker is restarted that died soon.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+/// More draining workers than this, and the eldest no longer waits for open connections.
+const MAX_DRAINING: usize = 3;
+/// A worker that has not left this long after its drain time is killed.
+const DRAIN_MARGIN: Duration = Duration::from_secs(3);
+
+/// Why the monitor ends with an error.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The configuration can't be used.
+    #[error("configuration")]
+    Config(#[from] ConfigError),
+    /// A socket can't be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The system refuses something basic.
+    #[error("{what}")]
+    System {
+        /// What failed.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The first worker did not come up; its own message is in the log.
+    #[error("the worker could not be started")]
+    Worker,
+}
+
+fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
+    move |errno| MonitorError::System { what, source: errno.into() }
+}
+
+/// Runs the daemon in the foreground until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// [`MonitorError`] if it can't start; later trouble is logged and lived with.
+pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), MonitorError> {
+    let listeners = Listeners::bind(&config.server, &Listeners::default())?;
+    let signals = block_signals()?;
+    let mut monitor = Monitor {
+        config_path,
+        signals,
+        jobs: Jobs::default(),
+        workers: Vec::new(),
+        settings: Arc::new(config),
+        listeners,
+        next_id: 0,
+        restart: Restart { pause: BACKOFF.0, at: None },
+        stopping: None,
+        served: false,
+        buffer: vec![0; MAX_PACKET],
+    };
+    monitor.start_worker(Arc::clone(&monitor.settings), monitor.listeners.clone(), Role::Serving)?;
+    monitor.run()
+}
+
+fn block_signals() -> Result<SignalFd, MonitorError> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGCHLD, Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT] {
+        signals.add(signal);
+    }
+    signals.thread_block().map_err(system("sigprocmask"))?;
+    SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(system("signalfd"))
+}
+
+struct Monitor {
+    config_path: Option<PathBuf>,
+    signals: SignalFd,
+    jobs: Jobs,
+    workers: Vec<Worker>,
+    /// Of the worker that serves.
+    settings: Arc<Config>,
+    listeners: Listeners,
+    next_id: WorkerId,
+    restart: Restart,
+    /// Set by SIGTERM: when to stop waiting.
+    stopping: Option<Instant>,
+    /// Whether any worker was ever ready.
+    served: bool,
+    /// Room for one packet.
+    buffer: Vec<u8>,
+}
+
+/// When a dead worker is followed by another.
+struct Restart {
+    pause: Duration,
+    at: Option<Instant>,
+}
+
+struct Worker {
+    id: WorkerId,
+    pid: Pid,
+    channel: OwnedFd,
+    role: Role,
+    ready: bool,
+    started: Instant,
+    settings: Arc<Config>,
+    listeners: Listeners,
+    /// Events that the socket had no room for.
+    outgoing: VecDeque<Vec<u8>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Serving,
+    /// Is to serve, once it is ready.
+    Candidate,
+    /// Finishes what it has; killed at the time given.
+    Draining(Instant),
+}
+
+impl Monitor {
+    fn run(&mut self) -> Result<(), MonitorError> {
+        loop {
+            self.wait()?;
+            self.handle_signals()?;
+            self.handle_requests();
+            self.handle_time()?;
+            if self.stopping.is_some() && self.workers.is_empty() && self.jobs.is_empty() {
+                info!("stopped");
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sleeps until a signal, a packet, room for a packet, or a point in time.
+    fn wait(&self) -> Result<(), MonitorError> {
+        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        for worker in &self.workers {
+            let mut events = PollFlags::POLLIN;
+            events.set(PollFlags::POLLOUT, !worker.outgoing.is_empty());
+            fds.push(PollFd::new(worker.channel.as_fd(), events));
+        }
+        let timeout = self.next_deadline().map_or(PollTimeout::NONE, |at| {
+            // Rounded up, or the loop would spin through the last millisecond.
+            let wait = at.saturating_duration_since(Instant::now()).as_millis() + 1;
+            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        });
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(system("poll")(errno)),
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let workers = self.workers.iter().filter_map(Worker::deadline);
+        workers.chain(self.jobs.next_deadline()).chain(self.restart.at).chain(self.stopping).min()
+    }
+
+    fn handle_signals(&mut self) -> Result<(), MonitorError> {
+        while let Some(signal) = self.signals.read_signal().map_err(system("signalfd"))? {
+            match Signal::try_from(signal.ssi_signo as i32) {
+                Ok(Signal::SIGCHLD) => self.reap()?,
+                Ok(Signal::SIGHUP) => self.reload(),
+                Ok(Signal::SIGTERM | Signal::SIGINT) => self.stop(),
+                _ => (),
+            }
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self) -> Result<(), MonitorError> {
+        loop {
+            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+            let status = match waitid(Id::All, flags) {
+                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
+                Err(Errno::EINTR) => continue,
+                other => other.map_err(system("waitid"))?,
+            };
+            if let Some(ended) = self.jobs.ended(status) {
+                self.tell_end(&ended);
+            } else if let Some(at) = self.workers.iter().position(|w| Some(w.pid) == status.pid()) {
+                let worker = self.workers.remove(at);
+                self.worker_ended(worker, status)?;
+            }
+            if let Some(pid) = status.pid() {
+                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
+            }
+        }
+    }
+
+    fn tell_end(&mut self, ended: &Ended) {
+        let elapsed = u64::try_from(ended.elapsed.as_micros()).unwrap_or(u64::MAX);
+        let event = Event::Finished { job: ended.id, end: ended.end, elapsed };
+        if let Some(worker) = self.workers.iter_mut().find(|worker| worker.id == ended.worker) {
+            worker.send(&event);
+        }
+    }
+
+    fn worker_ended(&mut self, worker: Worker, status: WaitStatus) -> Result<(), MonitorError> {
+        self.jobs.end_of_worker(worker.id);
+        match worker.role {
+            Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
+            Role::Candidate => error!(pid = %worker.pid, ?status, "new worker failed; the configuration stays as it was"),
+            Role::Serving if self.stopping.is_some() => (),
+            Role::Serving if !self.served => return Err(MonitorError::Worker),
+            Role::Serving => {
+                if worker.started.elapsed() >= HEALTHY_AFTER {
+                    self.restart.pause = BACKOFF.0;
+                }
+                error!(pid = %worker.pid, ?status, pause = ?self.restart.pause, "worker died; starting another");
+                self.restart.at = Some(Instant::now() + self.restart.pause);
+                self.restart.pause = (self.restart.pause * 2).min(BACKOFF.1);
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_requests(&mut self) {
+        let mut became_ready = None;
+        for worker in &mut self.workers {
+            worker.flush();
+            if let Err(reason) = worker.handle_packets(&mut self.buffer, &mut self.jobs, &mut became_ready) {
+                error!(pid = %worker.pid, reason = %reason, "worker breaks the protocol; ending it");
+                let _ = kill(worker.pid, Signal::SIGKILL);
+            }
+        }
+        if let Some(id) = became_ready {
+            self.worker_ready(id);
+        }
+    }
+
+    fn worker_ready(&mut self, id: WorkerId) {
+        let Some(at) = self.workers.iter().position(|worker| worker.id == id) else { return };
+        self.served = true;
+        let settings = Arc::clone(&self.workers[at].settings);
+        if self.workers[at].role == Role::Candidate {
+            for worker in self.workers.iter_mut().filter(|w| w.role == Role::Serving) {
+                worker.drain(true);
+            }
+            self.workers[at].role = Role::Serving;
+            self.listeners = self.workers[at].listeners.clone();
+            self.settings = settings;
+            self.restart.at = None;
+            self.hurry_the_eldest();
+        }
+        let show = |listeners: &[Rc<Listener>]| {
+            let addresses: Vec<_> = listeners.iter().map(|l| l.address.to_string()).collect();
+            if addresses.is_empty() { "off".to_owned() } else { addresses.join(" ") }
+        };
+        info!(
+            worker = %self.workers[at].pid,
+            milter = %show(&self.listeners.milter),
+            policy = %show(&self.listeners.policy),
+            "ready"
+        );
+    }
+
+    fn hurry_the_eldest(&mut self) {
+        let draining = self.workers.iter_mut().filter(|w| matches!(w.role, Role::Draining(_)));
+        let mut draining: Vec<_> = draining.collect();
+        draining.sort_by_key(|worker| worker.id);
+        let excess = draining.len().saturating_sub(MAX_DRAINING);
+        for worker in draining.into_iter().take(excess) {
+            worker.send(&Event::Drain { connections: false });
+        }
+    }
+
+    fn handle_time(&mut self) -> Result<(), MonitorError> {
+        let now = Instant::now();
+        self.jobs.enforce_deadlines(now);
+        for worker in self.workers.iter().filter(|worker| worker.deadline().is_some_and(|at| at <= now)) {
+            warn!(pid = %worker.pid, role = ?worker.role, "worker takes too long; ending it");
+            let _ = kill(worker.pid, Signal::SIGKILL);
+        }
+        if self.stopping.is_some_and(|at| at <= now) {
+            for worker in &self.workers {
+                let _ = kill(worker.pid, Signal::SIGKILL);
+            }
+            self.stopping = Some(now + DRAIN_MARGIN);
+        }
+        if self.restart.at.is_some_and(|at| at <= now) && self.stopping.is_none() {
+            self.restart.at = None;
+            self.start_worker(Arc::clone(&self.settings), self.listeners.clone(), Role::Serving)?;
+        }
+        Ok(())
+    }
+
+    /// Starts a candidate with the new configuration; whatever is wrong leaves everything as it is.
+    fn reload(&mut self) {
+        if self.stopping.is_some() {
+            return;
+        }
+        let outcome = Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
+            let listeners = Listeners::bind(&config.server, &self.listeners)?;
+            for old in self.workers.iter().filter(|worker| worker.role == Role::Candidate) {
+                // A newer configuration than the one it was started with: it must not win the race.
+                let _ = kill(old.pid, Signal::SIGKILL);
+            }
+            self.start_worker(Arc::new(config), listeners, Role::Candidate)
+        });
+        match outcome {
+            Ok(()) => info!("reloading: new worker started"),
+            Err(error) => {
+                error!(error = %crate::logging::Chain(&error), "configuration not reloaded; it stays as it was");
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        let now = Instant::now();
+        if self.stopping.is_some() {
+            info!("stopping at once");
+            self.stopping = Some(now);
+            return;
+        }
+        info!("stopping");
+        self.stopping = Some(now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN);
+        self.restart.at = None;
+        // Closed here too, or the kernel would go on to accept for nobody.
+        self.listeners = Listeners::default();
+        for worker in &mut self.workers {
+            worker.listeners = Listeners::default();
+            worker.drain(false);
+        }
+    }
+
+    fn start_worker(&mut self, settings: Arc<Config>, listeners: Listeners, role: Role) -> Result<(), MonitorError> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (channel, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+            .map_err(system("socketpair"))?;
+        let monitor = nix::unistd::getpid();
+        let raw = |listeners: &[Rc<Listener>]| listeners.iter().map(|l| l.descriptor.as_raw_fd()).collect();
+        let (milter, policy): (Vec<RawFd>, Vec<RawFd>) = (raw(&listeners.milter), raw(&listeners.policy));
+        let pid = sys::fork(|| {
+            self.forget_all_but(&listeners);
+            worker::start(Inherited {
+                settings: Arc::clone(&settings),
+                monitor,
+                // The owners of these are the parent's; in this process they are never dropped.
+                channel: sys::adopt(theirs.as_raw_fd()),
+                milter: milter.into_iter().map(sys::adopt).collect(),
+                policy: policy.into_iter().map(sys::adopt).collect(),
+            })
+        })
+        .map_err(system("fork"))?;
+        self.next_id += 1;
+        self.workers.push(Worker {
+            id: self.next_id,
+            pid,
+            channel,
+            role,
+            ready: false,
+            started: Instant::now(),
+            settings,
+            listeners,
+            outgoing: VecDeque::new(),
+        });
+        Ok(())
+    }
+}
+
+impl Monitor {
+    /// In a forked worker: closes what belongs to the monitor and to other workers.
+    fn forget_all_but(&self, listeners: &Listeners) {
+        let kept: Vec<RawFd> = listeners.all().map(|l| l.descriptor.as_raw_fd()).collect();
+        let others = self.workers.iter().flat_map(|worker| worker.listeners.all()).chain(self.listeners.all());
+        let mut closed: Vec<RawFd> = others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
+        closed.extend(self.workers.iter().map(|worker| worker.channel.as_raw_fd()));
+        closed.push(self.signals.as_fd().as_raw_fd());
+        closed.sort_unstable();
+        closed.dedup();
+        sys::close_in_child(&closed);
+    }
+}
+
+impl Worker {
+    /// When the worker is killed if nothing changes.
+    fn deadline(&self) -> Option<Instant> {
+        match self.role {
+            Role::Draining(at) => Some(at),
+            _ if !self.ready => Some(self.started + READY_TIME_LIMIT),
+            _ => None,
+        }
+    }
+
+    fn drain(&mut self, connections: bool) {
+        self.role = Role::Draining(Instant::now() + self.settings.server.drain_timeout.0 + DRAIN_MARGIN);
+        self.send(&Event::Drain { connections });
+    }
+
+    fn send(&mut self, event: &Event) {
+        if let Ok(packet) = encode(event) {
+            self.outgoing.push_back(packet);
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        while let Some(packet) = self.outgoing.front() {
+            match sys::send_with_descriptors(&self.channel, packet, &[]) {
+                Ok(()) => drop(self.outgoing.pop_front()),
+                // Full: poll says when to go on. Anything else: the worker is gone and will be reaped.
+                Err(Errno::EAGAIN | Errno::EINTR) => return,
+                Err(_) => self.outgoing.clear(),
+            }
+        }
+    }
+
+    fn handle_packets(
+        &mut self,
+        buffer: &mut [u8],
+        jobs: &mut Jobs,
+        became_ready: &mut Option<WorkerId>,
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        loop {
+            let received = match sys::receive_with_descriptors(&self.channel, buffer) {
+                Ok(received) => received,
+                Err(Errno::EAGAIN | Errno::ECONNRESET) => return Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            };
+            if received.truncated {
+                return Err("over-long packet".into());
+            }
+            if received.length == 0 {
+                // An honest worker keeps its end open until it is gone.
+                let _ = kill(self.pid, Signal::SIGKILL);
+                return Ok(());
+            }
+            let request: Request = decode(&buffer[..received.length])?;
+            if let Request::Ready = request {
+                self.ready = true;
+                *became_ready = Some(self.id);
+            } else if let Some(failed) = jobs.start(self.id, &request, &received.descriptors, &self.settings.filter)? {
+                let event = Event::Finished { job: failed.id, end: failed.end, elapsed: 0 };
+                self.send(&event);
+            }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The form of Postfix policy requests and answers on the wire (SMTPD_POLICY_README), and nothing else.
+
+use std::{io, str};
+
+use tokio_util::{
+    bytes::{BufMut, BytesMut},
+    codec::{Decoder, Encoder},
+};
+
+/// Longest request, in bytes. Postfix sends about 1 KiB; a line of its own is at most 2 KiB by default.
+pub const MAX_REQUEST_LENGTH: usize = 64 * 1024;
+
+/// Most attributes of a request; Postfix 3.9 sends 30.
+pub const MAX_ATTRIBUTES: usize = 200;
+
+/// A request: attributes in the order in which they came.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Request(Vec<(String, String)>);
+
+impl Request {
+    /// The value of an attribute, if it came and is not empty. Of several the last counts, as in Postfix.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        let value = self.0.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+        value.filter(|value| !value.is_empty())
+    }
+}
+
+/// A connection that speaks something else.
+#[derive(Debug, thiserror::Error)]
+pub enum CodecError {
+    /// More than [`MAX_REQUEST_LENGTH`] bytes without an empty line, or too many attributes.
+    #[error("request is too long")]
+    TooLong,
+    /// A line without `=`, with an empty name, with a NUL, or not UTF-8.
+    #[error("malformed request")]
+    Malformed,
+    /// The client went away in the middle of a request, or the network failed.
+    #[error("connection failed")]
+    Io(#[from] io::Error),
+}
+
+/// Reads requests, writes actions.
+#[derive(Debug, Default)]
+pub struct PolicyCodec {
+    /// Bytes of the buffer that were searched for the end of the request already.
+    searched: usize,
+}
+
+impl Decoder for PolicyCodec {
+    type Item = Request;
+    type Error = CodecError;
+
+    fn decode(&mut self, buffer: &mut BytesMut) -> Result<Option<Request>, CodecError> {
+        let from = self.searched.saturating_sub(1);
+        let Some(end) = buffer[from..].windows(2).position(|pair| pair == b"\n\n") else {
+            self.searched = buffer.len();
+            return if buffer.len() > MAX_REQUEST_LENGTH { Err(CodecError::TooLong) } else { Ok(None) };
+        };
+        let length = from + end + 2;
+        self.searched = 0;
+        if length > MAX_REQUEST_LENGTH {
+            return Err(CodecError::TooLong);
+        }
+        let request = buffer.split_to(length);
+        parse(&request[..length - 2]).map(Some)
+    }
+}
+
+fn parse(text: &[u8]) -> Result<Request, CodecError> {
+    let text = str::from_utf8(text).map_err(|_| CodecError::Malformed)?;
+    let mut attributes = Vec::with_capacity(32);
+    for line in text.split('\n') {
+        match line.split_once('=') {
+            Some((name, value)) if !name.is_empty() && !line.contains('\0') => {
+                attributes.push((name.to_owned(), value.to_owned()));
+            }
+            _ => return Err(CodecError::Malformed),
+        }
+        if attributes.len() > MAX_ATTRIBUTES {
+            return Err(CodecError::TooLong);
+        }
+    }
+    Ok(Request(attributes))
+}
+
+impl Encoder<String> for PolicyCodec {
+    type Error = CodecError;
+
+    fn encode(&mut self, action: String, buffer: &mut BytesMut) -> Result<(), CodecError> {
+        // An action is ours or comes from `Reply`, which lets no line end through.
+        buffer.reserve(action.len() + 9);
+        buffer.put_slice(b"action=");
+        buffer.put_slice(action.as_bytes());
+        buffer.put_slice(b"\n\n");
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn decode_in_pieces(bytes: &[u8], cuts: &[usize]) -> (Vec<Request>, Option<CodecError>) {
+        let (mut codec, mut buffer, mut requests) = (PolicyCodec::default(), BytesMut::new(), Vec::new());
+        let mut start = 0;
+        for end in cuts.iter().copied().chain([bytes.len()]) {
+            buffer.extend_from_slice(&bytes[start..end]);
+            start = end;
+            loop {
+                match codec.decode(&mut buffer) {
+                    Ok(Some(request)) => requests.push(request),
+                    Ok(None) => break,
+                    Err(error) => return (requests, Some(error)),
+                }
+            }
+        }
+        (requests, None)
+    }
+
+    #[test]
+    fn requests_come_whole_pipelined_or_byte_by_byte() {
+        let bytes = b"request=smtpd_access_policy\nsender=a=b\nhelo_name=\n\nrequest=x\n\nrequ";
+        let all: Vec<usize> = (0..=bytes.len()).collect();
+        for cuts in [&[][..], &all] {
+            let (requests, error) = decode_in_pieces(bytes, cuts);
+            assert!(error.is_none());
+            assert_eq!(requests.len(), 2);
+            assert_eq!(requests[0].get("sender"), Some("a=b"));
+            assert_eq!(requests[0].get("helo_name"), None);
+            assert_eq!(requests[1].get("request"), Some("x"));
+        }
+    }
+
+    #[test]
+    fn what_is_no_request_is_an_error() {
+        for bytes in [&b"nonsense\n\n"[..], b"=x\n\n", b"a=\xff\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"] {
+            assert!(matches!(decode_in_pieces(bytes, &[]).1, Some(CodecError::Malformed)), "{bytes:?}");
+        }
+        let long = vec![b'a'; MAX_REQUEST_LENGTH + 1];
+        assert!(matches!(decode_in_pieces(&long, &[]).1, Some(CodecError::TooLong)));
+        let many = "a=b\n".repeat(MAX_ATTRIBUTES + 1) + "\n";
+        assert!(matches!(decode_in_pieces(many.as_bytes(), &[]).1, Some(CodecError::TooLong)));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic_and_cuts_do_not_matter(
+            bytes in prop::collection::vec(prop_oneof![Just(b'\n'), Just(b'='), any::<u8>()], 0..100),
+            cuts in prop::collection::vec(0usize..100, 0..5),
+        ) {
+            let mut cuts: Vec<_> = cuts.into_iter().map(|cut| cut.min(bytes.len())).collect();
+            cuts.sort_unstable();
+            let (whole, pieces) = (decode_in_pieces(&bytes, &[]), decode_in_pieces(&bytes, &cuts));
+            prop_assert_eq!(whole.0, pieces.0);
+            prop_assert_eq!(whole.1.is_some(), pieces.1.is_some());
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The host's users, as NSS knows them (nsswitch.conf(5), getpwnam(3)).
+
+use std::{sync::Arc, time::Duration};
+
+use moka::future::Cache;
+use nix::unistd::User as Entry;
+
+/// How long an answer is remembered. Short, so that a new account is soon known.
+const TTL: Duration = Duration::from_secs(10);
+
+/// Names remembered. Strangers choose them, so there is a bound.
+const CAPACITY: u64 = 10_000;
+
+/// Look-ups by name, off the async threads, since NSS may ask the network.
+#[derive(Debug)]
+pub struct Passwd {
+    min_uid: u32,
+    cache: Cache<String, Answer>,
+}
+
+/// What NSS says of a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// A user who may have filters.
+    Found,
+    /// A system account: it exists, and is not judged.
+    System,
+    /// No such name.
+    NotFound,
+}
+
+impl Passwd {
+    /// `min_uid`: users below are system accounts.
+    pub fn new(min_uid: u32) -> Self {
+        let cache = Cache::builder().max_capacity(CAPACITY).time_to_live(TTL).build();
+        Self { min_uid, cache }
+    }
+
+    /// Looks a login name up; simultaneous questions about one name are asked once.
+    ///
+    /// # Errors
+    ///
+    /// Why NSS could not be asked. Not remembered.
+    pub async fn lookup(&self, name: &str) -> Result<Answer, Arc<std::io::Error>> {
+        if let Some(answer) = self.cache.get(name).await {
+            return Ok(answer);
+        }
+        let min_uid = self.min_uid;
+        let owned = name.to_owned();
+        let ask = async move {
+            let entry = tokio::task::spawn_blocking(move || Entry::from_name(&owned)).await;
+            Ok(match entry.map_err(std::io::Error::other)?? {
+                Some(entry) if entry.uid.as_raw() >= min_uid => Answer::Found,
+                Some(_) => Answer::System,
+                None => Answer::NotFound,
+            })
+        };
+        self.cache.try_get_with(name.to_owned(), ask).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn system_accounts_exist_but_are_not_judged() {
+        let passwd = Passwd::new(1000);
+        assert_eq!(passwd.lookup("root").await.unwrap(), Answer::System);
+        assert_eq!(passwd.lookup("umt-nobody-has-this-name").await.unwrap(), Answer::NotFound);
+        assert_eq!(Passwd::new(0).lookup("root").await.unwrap(), Answer::Found);
+    }
+}

@@ -1,0 +1,128 @@
+//! Accepting connections: TCP and Unix alike, up to a limit, whatever accept(2) says.
+
+use std::{
+    future::Future,
+    io,
+    os::fd::OwnedFd,
+    pin::Pin,
+    sync::{Arc, atomic::{AtomicUsize, Ordering}},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+};
+use tokio_util::task::TaskTracker;
+use tracing::warn;
+
+/// Pause after accept(2) failed, for instance because descriptors ran out.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A listening socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// Unix domain.
+    Unix(UnixListener),
+}
+
+/// A connection.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP.
+    Tcp(TcpStream),
+    /// Unix domain.
+    Unix(UnixStream),
+}
+
+impl Listener {
+    /// Takes over a non-blocking listening socket.
+    ///
+    /// # Errors
+    ///
+    /// If it is none.
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+        use std::os::fd::AsRawFd;
+        let address = getsockname::<SockaddrStorage>(socket.as_raw_fd())?;
+        Ok(match address.family() {
+            Some(AddressFamily::Unix) => Self::Unix(UnixListener::from_std(socket.into())?),
+            _ => Self::Tcp(TcpListener::from_std(socket.into())?),
+        })
+    }
+
+    async fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                // Both protocols are question and answer: waiting to fill a segment would only add delay.
+                stream.set_nodelay(true)?;
+                Ok(Stream::Tcp(stream))
+            }
+            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+        }
+    }
+}
+
+/// Accepts for ever, and spawns `serve` for each connection; one beyond `limit` is closed at once.
+pub async fn accept_loop<F>(
+    listener: Listener,
+    interface: &'static str,
+    limit: usize,
+    tracker: TaskTracker,
+    serve: impl Fn(Stream) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let refused = Arc::new(AtomicUsize::new(0));
+    loop {
+        match listener.accept().await {
+            Ok(stream) if tracker.len() < limit => {
+                refused.store(0, Ordering::Relaxed);
+                tracker.spawn(serve(stream));
+            }
+            // Closing tells the MTA at once, which answers its client 4xx; left in the queue it would wait.
+            Ok(_) => {
+                if refused.fetch_add(1, Ordering::Relaxed) == 0 {
+                    warn!(interface, limit, "connection refused: server.max-connections reached");
+                }
+            }
+            Err(error) => {
+                warn!(interface, "cannot accept a connection: {error}");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+macro_rules! delegate {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            Self::Tcp($stream) => $call,
+            Self::Unix($stream) => $call,
+        }
+    };
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => Pin::new(stream).poll_read(cx, buffer))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        delegate!(self, stream => Pin::new(stream).poll_write(cx, bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => Pin::new(stream).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}

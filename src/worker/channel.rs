@@ -1,0 +1,334 @@
+//! The worker's end of the socket pair: asks the monitor, hears how jobs ended.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use nix::{errno::Errno, fcntl::OFlag};
+use tokio::{
+    io::{AsyncReadExt, Interest, unix::AsyncFd},
+    net::unix::pipe,
+    sync::{Semaphore, oneshot, watch},
+    time::timeout,
+};
+use tracing::error;
+
+use crate::{
+    monitor::{self, End, Event, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Report, Request, Variable},
+    sys,
+    user::User,
+};
+
+/// Inspections under way at a time; the monitor allows 32.
+const MAX_INSPECTIONS: usize = 16;
+
+/// How long the worker waits for an inspection. The monitor ends the child after 10 s, unless the kernel holds it.
+const INSPECT_TIME_LIMIT: Duration = Duration::from_secs(15);
+
+/// Bytes kept of a filter's standard output: what 32 lines of a reply can have.
+pub const MAX_OUTPUT: usize = 32 * 1024;
+
+/// Bytes kept of a filter's standard error.
+pub const MAX_ERROR_OUTPUT: usize = 16 * 1024;
+
+/// Bytes kept of a report that is no inspection.
+const MAX_REFUSAL: usize = 8 * 1024;
+
+/// How the drain is to go, once the monitor has asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drain {
+    /// Whether open milter connections may end by themselves.
+    pub connections: bool,
+}
+
+/// The way to the monitor.
+#[derive(Debug)]
+pub struct Monitor {
+    socket: AsyncFd<OwnedFd>,
+    waiting: Mutex<HashMap<JobId, oneshot::Sender<Ended>>>,
+    next_job: AtomicU32,
+    inspections: Semaphore,
+    drain: watch::Sender<Option<Drain>>,
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// Status or signal.
+    pub end: End,
+    /// From fork to end.
+    pub elapsed: Duration,
+}
+
+/// What came of an inspection.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// There is no such user (any more).
+    #[error("no such user")]
+    NoUser,
+    /// The monitor's child refused: which check failed on what.
+    #[error("{0}")]
+    Refused(String),
+    /// The child did not answer in time, or died.
+    #[error("inspection ended without an answer")]
+    NoAnswer,
+    /// The system refuses something basic.
+    #[error("cannot ask the monitor")]
+    System(#[from] io::Error),
+}
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Finished {
+    /// How it ended.
+    pub ended: Ended,
+    /// The start of standard output.
+    pub output: Vec<u8>,
+    /// The start of standard error.
+    pub error_output: Vec<u8>,
+    /// Why the filter was not run, if it was not.
+    pub refusal: Option<Report>,
+}
+
+/// A filter to be run.
+#[derive(Debug)]
+pub struct RunRequest {
+    /// Whose.
+    pub user: User,
+    /// Which.
+    pub phase: Phase,
+    /// Extension of the address.
+    pub extension: Option<String>,
+    /// Environment.
+    pub variables: Vec<(Variable, String)>,
+    /// Time limit.
+    pub time_limit: Duration,
+    /// Standard input; `None`: empty.
+    pub message: Option<OwnedFd>,
+}
+
+impl Monitor {
+    /// Takes the socket over and begins to listen on it. To be called in a runtime.
+    ///
+    /// # Errors
+    ///
+    /// If the socket can't be watched.
+    pub fn new(socket: OwnedFd) -> io::Result<Arc<Self>> {
+        let monitor = Arc::new(Self {
+            socket: AsyncFd::new(socket)?,
+            waiting: Mutex::default(),
+            next_job: AtomicU32::new(0),
+            inspections: Semaphore::new(MAX_INSPECTIONS),
+            drain: watch::Sender::new(None),
+        });
+        tokio::spawn(Arc::clone(&monitor).listen());
+        Ok(monitor)
+    }
+
+    /// Says that the worker serves.
+    ///
+    /// # Errors
+    ///
+    /// If the monitor is gone.
+    pub async fn ready(&self) -> io::Result<()> {
+        self.send(&Request::Ready, &[]).await
+    }
+
+    /// Resolves when the monitor asks to drain, or changes how.
+    pub fn drain(&self) -> watch::Receiver<Option<Drain>> {
+        self.drain.subscribe()
+    }
+
+    /// Finds out what a user has.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
+        let _permit = self.inspections.acquire().await.map_err(io::Error::other)?;
+        let (report, theirs) = report_pipe()?;
+        let (job, ended) = self.new_job();
+        let request = Request::Inspect { job: job.id, user: user.clone() };
+        self.send(&request, &[&theirs]).await?;
+        drop(theirs);
+        let mut bytes = Vec::new();
+        let mut report = pipe::Receiver::from_owned_fd(report)?.take(MAX_REPORT as u64);
+        let answer = async {
+            report.read_to_end(&mut bytes).await?;
+            // The child's slot is free only when the monitor has reaped it.
+            ended.await.map_err(io::Error::other)
+        };
+        let _ended = timeout(INSPECT_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
+        match monitor::decode(&bytes) {
+            Ok(Report::Inspection(inspection)) => Ok(inspection),
+            Ok(Report::NoUser) => Err(InspectError::NoUser),
+            Ok(Report::Refused(why)) => Err(InspectError::Refused(why)),
+            Ok(Report::NoFilter) | Err(_) => Err(InspectError::NoAnswer),
+        }
+    }
+
+    /// Runs a filter to its end. The caller sees to it that not too many run at a time.
+    ///
+    /// # Errors
+    ///
+    /// If the monitor can't be asked.
+    pub async fn run(&self, request: RunRequest) -> io::Result<Finished> {
+        let (report, their_report) = report_pipe()?;
+        let (output, their_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let (error_output, their_error_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let (job, mut ended) = self.new_job();
+        let RunRequest { user, phase, extension, variables, time_limit, message } = request;
+        let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
+        let packet = Request::Run { job: job.id, user, phase, extension, variables, time_limit };
+        let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
+        descriptors.extend([&their_output, &their_error_output, &their_report]);
+        self.send(&packet, &descriptors).await?;
+        drop((message, their_output, their_error_output, their_report));
+
+        let mut output = Capture::new(output, MAX_OUTPUT)?;
+        let mut error_output = Capture::new(error_output, MAX_ERROR_OUTPUT)?;
+        let ended = loop {
+            tokio::select! {
+                ended = &mut ended => break ended.map_err(io::Error::other)?,
+                () = output.fill(), if output.is_open => (),
+                () = error_output.fill(), if error_output.is_open => (),
+            }
+        };
+        let mut refusal = Capture::new(report, MAX_REFUSAL)?;
+        for capture in [&mut output, &mut error_output, &mut refusal] {
+            capture.fill_now();
+        }
+        let refusal = match &refusal.bytes[..] {
+            [] => None,
+            bytes => Some(monitor::decode(bytes).unwrap_or(Report::Refused("unreadable report".into()))),
+        };
+        Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
+    }
+
+    fn new_job(&self) -> (Job<'_>, oneshot::Receiver<Ended>) {
+        let (sender, receiver) = oneshot::channel();
+        let id = self.next_job.fetch_add(1, Ordering::Relaxed);
+        self.waiting().insert(id, sender);
+        (Job { id, monitor: self }, receiver)
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, oneshot::Sender<Ended>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn send(&self, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+        let packet = monitor::encode(request).map_err(io::Error::other)?;
+        if packet.len() > MAX_PACKET {
+            return Err(io::Error::other("request is too long for the monitor"));
+        }
+        let raw: Vec<_> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+        let send = |socket: &OwnedFd| sys::send_with_descriptors(socket, &packet, &raw).map_err(io::Error::from);
+        self.socket.async_io(Interest::WRITABLE, send).await
+    }
+
+    /// Hands events to those who wait for them; ends the process when the monitor is gone, since nobody could be
+    /// asked any more.
+    async fn listen(self: Arc<Self>) {
+        let mut buffer = vec![0; 1024];
+        loop {
+            let receive = |socket: &OwnedFd| match sys::receive_with_descriptors(socket, &mut buffer) {
+                Ok(received) => Ok(received.length),
+                Err(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
+                Err(errno) => Err(errno.into()),
+            };
+            let event = match self.socket.async_io(Interest::READABLE, receive).await {
+                Ok(0) | Err(_) => {
+                    error!("the monitor is gone");
+                    sys::exit_now(1);
+                }
+                Ok(length) => monitor::decode(&buffer[..length]),
+            };
+            match event {
+                Ok(Event::Finished { job, end, elapsed }) => {
+                    if let Some(sender) = self.waiting().remove(&job) {
+                        let _ = sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
+                    }
+                }
+                Ok(Event::Drain { connections }) => {
+                    self.drain.send_replace(Some(Drain { connections }));
+                }
+                Err(malformed) => error!(error = %malformed, "the monitor speaks another language"),
+            }
+        }
+    }
+}
+
+/// A job's number, forgotten when nobody waits any more.
+struct Job<'a> {
+    id: JobId,
+    monitor: &'a Monitor,
+}
+
+impl Drop for Job<'_> {
+    fn drop(&mut self) {
+        self.monitor.waiting().remove(&self.id);
+    }
+}
+
+fn report_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
+}
+
+/// The start of what comes through a pipe; the rest is read and thrown away, so that the writer never waits.
+struct Capture {
+    pipe: pipe::Receiver,
+    bytes: Vec<u8>,
+    limit: usize,
+    is_open: bool,
+}
+
+impl Capture {
+    fn new(pipe: OwnedFd, limit: usize) -> io::Result<Self> {
+        Ok(Self { pipe: pipe::Receiver::from_owned_fd(pipe)?, bytes: Vec::new(), limit, is_open: true })
+    }
+
+    /// Waits for something and takes it. Cancel safe: what is taken is kept.
+    async fn fill(&mut self) {
+        match self.pipe.readable().await {
+            Ok(()) => drop(self.take()),
+            Err(_) => self.is_open = false,
+        }
+    }
+
+    /// Takes what a writer that has ended left in the pipe. A pipe holds at most 1 MiB (pipe(7)), so that somebody
+    /// who goes on writing can't hold this up.
+    fn fill_now(&mut self) {
+        let mut taken = 0;
+        while let Some(n) = self.take() {
+            taken += n;
+            if n == 0 || taken > 1 << 20 {
+                break;
+            }
+        }
+    }
+
+    /// The number of bytes that were there; `None` if there is nothing now.
+    fn take(&mut self) -> Option<usize> {
+        let mut chunk = [0; 8192];
+        match self.pipe.try_read(&mut chunk) {
+            Ok(n) => {
+                self.is_open = n > 0;
+                let room = self.limit.saturating_sub(self.bytes.len()).min(n);
+                self.bytes.extend_from_slice(&chunk[..room]);
+                Some(n)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(_) => {
+                self.is_open = false;
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The unprivileged side: drops every privilege, then serves milter and policy clients with tokio until it is told
+//! to drain. Composition root: here the stages are put together.
+
+mod accept;
+mod channel;
+
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use nix::{
+    sys::{
+        prctl,
+        resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
+    },
+    unistd::{Gid, Pid, Uid, User, getgrouplist, getppid, setgroups, setresgid, setresuid},
+};
+use tokio::{sync::watch, time::timeout};
+use tokio_util::task::TaskTracker;
+use tracing::{error, info, warn};
+
+pub use accept::{Listener, Stream, accept_loop};
+pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
+
+use crate::{config::Config, logging::Chain, milter, pipeline::Pipeline, policy, sys};
+
+/// What the worker has from the monitor.
+#[derive(Debug)]
+pub struct Inherited {
+    /// The configuration.
+    pub settings: Arc<Config>,
+    /// The parent.
+    pub monitor: Pid,
+    /// The socket to the parent.
+    pub channel: OwnedFd,
+    /// Listening sockets of the milter interface.
+    pub milter: Vec<OwnedFd>,
+    /// Listening sockets of the policy interface.
+    pub policy: Vec<OwnedFd>,
+}
+
+/// Why a worker can't serve.
+#[derive(Debug, thiserror::Error)]
+enum WorkerError {
+    #[error("{what}")]
+    System { what: &'static str, source: std::io::Error },
+    #[error("user {0} does not exist; create it, or set server.user to an unprivileged account")]
+    NoUser(String),
+    #[error("user {0} is root; set server.user to an unprivileged account")]
+    RootUser(String),
+    #[error("privileges could be regained")]
+    NotDropped,
+    #[error("the monitor is gone")]
+    Orphan,
+}
+
+fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> WorkerError {
+    move |source| WorkerError::System { what, source: source.into() }
+}
+
+/// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
+pub fn start(inherited: Inherited) -> i32 {
+    let outcome = prepare_process(&inherited).and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
+        runtime.block_on(serve(inherited))
+    });
+    match outcome {
+        Ok(()) => 0,
+        Err(error) => {
+            error!("worker: {}", Chain(&error));
+            1
+        }
+    }
+}
+
+/// Leaves nothing of the monitor but what is needed.
+fn prepare_process(inherited: &Inherited) -> Result<(), WorkerError> {
+    sys::reset_signals().map_err(system("signals"))?;
+    // Sent to a whole group or control group they are meant for the monitor, which decides.
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE] {
+        sys::ignore_signal(signal).map_err(system("signals"))?;
+    }
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(system("getrlimit"))?;
+    // Two per connection of an interface at most, and some for files.
+    let wanted = soft.max(4 * inherited.settings.server.max_connections as u64 + 512);
+    let hard = if Uid::effective().is_root() { hard.max(wanted) } else { hard };
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, wanted.min(hard), hard) {
+        warn!(wanted, hard, "RLIMIT_NOFILE stays at {soft}: {error}");
+    }
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("setrlimit"))?;
+    if Uid::effective().is_root() {
+        drop_privileges(&inherited.settings.server.user)?;
+    }
+    prctl::set_no_new_privs().map_err(system("prctl(PR_SET_NO_NEW_PRIVS)"))?;
+    prctl::set_dumpable(false).map_err(system("prctl(PR_SET_DUMPABLE)"))?;
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(system("prctl(PR_SET_PDEATHSIG)"))?;
+    if getppid() == inherited.monitor { Ok(()) } else { Err(WorkerError::Orphan) }
+}
+
+fn drop_privileges(name: &str) -> Result<(), WorkerError> {
+    let user = User::from_name(name).map_err(system("getpwnam"))?;
+    let user = user.ok_or_else(|| WorkerError::NoUser(name.into()))?;
+    if user.uid.is_root() {
+        return Err(WorkerError::RootUser(name.into()));
+    }
+    let c_name = std::ffi::CString::new(name).map_err(system("user name"))?;
+    let groups = getgrouplist(&c_name, user.gid).map_err(system("getgrouplist"))?;
+    setgroups(&groups).map_err(system("setgroups"))?;
+    setresgid(user.gid, user.gid, user.gid).map_err(system("setresgid"))?;
+    setresuid(user.uid, user.uid, user.uid).map_err(system("setresuid"))?;
+    let (root, wheel) = (Uid::from_raw(0), Gid::from_raw(0));
+    let dropped = setresuid(root, root, root).is_err()
+        && (user.gid == wheel || setresgid(wheel, wheel, wheel).is_err())
+        && Uid::current() == user.uid;
+    if dropped { Ok(()) } else { Err(WorkerError::NotDropped) }
+}
+
+async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
+    let settings = inherited.settings;
+    let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+    // Transactions and policy requests under way; connections have trackers of their own.
+    let transactions = TaskTracker::new();
+    let pipeline = Arc::new(Pipeline::new(Arc::clone(&settings), &monitor, transactions.clone()));
+    let drain = monitor.drain();
+
+    let milter = milter::Service::new(Arc::clone(&pipeline), &settings, transactions.clone());
+    let milter_connections = TaskTracker::new();
+    let policy_connections = TaskTracker::new();
+    let limit = settings.server.max_connections;
+    let mut acceptors = Vec::new();
+    for socket in inherited.milter {
+        let listener = Listener::new(socket).map_err(system("milter socket"))?;
+        let (service, tracker) = (milter.clone(), milter_connections.clone());
+        acceptors.push(tokio::spawn(accept_loop(listener, "milter", limit, tracker, move |stream| {
+            service.clone().serve(stream)
+        })));
+    }
+    for socket in inherited.policy {
+        let listener = Listener::new(socket).map_err(system("policy socket"))?;
+        let (pipeline, tracker, drain) = (Arc::clone(&pipeline), policy_connections.clone(), drain.clone());
+        acceptors.push(tokio::spawn(accept_loop(listener, "policy", limit, tracker, move |stream| {
+            policy::serve(Arc::clone(&pipeline), stream, drain.clone())
+        })));
+    }
+    monitor.ready().await.map_err(system("telling the monitor"))?;
+
+    let mode = wait_for_drain(drain.clone()).await;
+    // Dropping the listeners leaves new connections to the next worker, or refuses them.
+    acceptors.iter().for_each(tokio::task::JoinHandle::abort);
+    for acceptor in acceptors {
+        let _ = acceptor.await;
+    }
+    for tracker in [&transactions, &milter_connections, &policy_connections] {
+        tracker.close();
+    }
+    info!(connections = milter_connections.len(), transactions = transactions.len(), "draining");
+    let finish = async {
+        policy_connections.wait().await;
+        if mode.connections {
+            let mut drain = drain;
+            tokio::select! {
+                () = milter_connections.wait() => (),
+                _ = drain.wait_for(|drain| drain.is_some_and(|drain| !drain.connections)) => (),
+            }
+        }
+        transactions.wait().await;
+    };
+    if timeout(settings.server.drain_timeout.0, finish).await.is_err() {
+        warn!(transactions = transactions.len(), "drain time is over; leaving");
+    }
+    milter.close().await;
+    let _ = timeout(Duration::from_secs(1), milter_connections.wait()).await;
+    // The socket stays open to the last, so that the monitor sees an orderly exit.
+    std::mem::forget(monitor);
+    Ok(())
+}
+
+async fn wait_for_drain(mut drain: watch::Receiver<Option<Drain>>) -> Drain {
+    match drain.wait_for(Option::is_some).await {
+        Ok(mode) => mode.unwrap_or(Drain { connections: false }),
+        Err(_) => Drain { connections: false },
+    }
+}
