@@ -1,5 +1,7 @@
 //! The promises of `rules.toml`, key by key and error by error.
 
+mod reference;
+
 use super::*;
 
 fn no_files(_: &str) -> Option<String> {
