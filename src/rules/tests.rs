@@ -406,6 +406,21 @@ fn what_is_not_toml_is_refused_where_it_is() {
 }
 
 #[test]
+fn deep_nesting_is_refused_and_does_not_exhaust_the_stack() {
+    let deep = 100_000;
+    for text in [
+        format!("rule = {}", "[".repeat(deep)),
+        format!("rule = {}{}", "[".repeat(deep), "]".repeat(deep)),
+        format!("rule = {}", "{a=".repeat(deep)),
+        format!("{}a = 1", "a.".repeat(deep)),
+        format!("[{}a]", "a.".repeat(deep)),
+        format!("[[rule]]\nhelo = {{{}a = 1}}", "a.".repeat(deep)),
+    ] {
+        assert!(Rules::parse(&text, no_files).is_err());
+    }
+}
+
+#[test]
 fn unknown_keys_are_refused() {
     check_error("defualt = \"accept\"", 1, 1, "expected one of `mixed`");
     check_error(
