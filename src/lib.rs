@@ -1,7 +1,42 @@
-//! Every recipient decides about their mail while the SMTP session is still open.
+//! usermilter lets every recipient of a mail decide, while the SMTP session is still open, whether they want it.
+//!
+//! The way of a mail, which is the order of the modules:
+//!
+//! ```text
+//!   MTA ──► milter ─┐                                                          ┌─► reply ──► MTA
+//!   MTA ──► policy ─┴► transaction ─► pipeline: resolver ─► rules ─► filter ─► verdict
+//!                                                  │                   │
+//!                              worker (no privilege, tokio)            │ inspect, run
+//!   ───────────────────────────────────────────────────────────────────┼──────────────────────
+//!                              monitor (root, one thread)              ▼
+//!                                                 fork ─► become the user ─► check ─► exec
+//! ```
+//!
+//! * [`cli`], [`config`], [`logging`]: what starts it;
+//! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
+//! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
+//! * [`address`], [`resolver`], [`user`]: who a recipient is;
+//! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`]: what their users have, and how it is asked;
+//! * [`recipient`], [`verdict`], [`reply`]: what comes of it.
 
 pub mod address;
+pub mod cli;
 pub mod config;
+pub mod environment;
+pub mod filter;
+pub mod holdings;
+pub mod logging;
+pub mod milter;
+pub mod monitor;
+pub mod pipeline;
+pub mod policy;
+pub mod recipient;
 pub mod reply;
+pub mod resolver;
+pub mod rules;
+pub mod spool;
+pub mod sys;
+pub mod transaction;
 pub mod user;
 pub mod verdict;
+pub mod worker;
