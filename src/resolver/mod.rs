@@ -1,0 +1,3 @@
+//! Who is this recipient? From an address to local users, as the MTA itself would deliver it.
+
+pub mod source;
