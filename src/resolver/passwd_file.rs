@@ -96,23 +96,24 @@ fn parse(text: &str, _: &Path) -> (Users, Vec<Problem>) {
             continue;
         }
         let entry = parse_line(line).and_then(|entry| Ok((key(&entry.name)?, entry)));
-        match entry {
+        let message = match entry {
             Ok((key, entry)) => match users.entry(key) {
                 hash_map::Entry::Vacant(place) => {
                     place.insert((number, entry));
+                    continue;
                 }
-                hash_map::Entry::Occupied(first) => problems.push(Problem::new(
-                    number,
+                hash_map::Entry::Occupied(first) => {
                     format!(
                         "{:?} is already in line {}, which is used",
                         entry.name,
                         first.get().0
-                    ),
-                )),
+                    )
+                }
             },
-            Err(message) if finished => problems.push(Problem::new(number, message)),
-            Err(message) => problems.push(Problem::new(number, format!("unfinished last line: {message}"))),
-        }
+            Err(message) if finished => message,
+            Err(message) => format!("unfinished last line: {message}"),
+        };
+        Problem::note(&mut problems, number, message);
     }
     (users, problems)
 }

@@ -45,6 +45,13 @@ impl Problem {
             message: message.into(),
         }
     }
+
+    /// Adds one, unless there are more than [`MAX_PROBLEMS`] already: a wrong file must not eat the memory.
+    pub fn note(problems: &mut Vec<Self>, line: usize, message: impl Into<String>) {
+        if problems.len() <= MAX_PROBLEMS {
+            problems.push(Self::new(line, message));
+        }
+    }
 }
 
 /// A text file and what a [`Parser`] made of it.
@@ -262,7 +269,7 @@ impl<T: Default> SourceFile<T> {
             tracing::warn!("{path}:{}: {}", problem.line, problem.message);
         }
         if problems.len() > MAX_PROBLEMS {
-            tracing::warn!("{path}: {} more problems", problems.len() - MAX_PROBLEMS);
+            tracing::warn!("{path}: there are more problems, only the first {MAX_PROBLEMS} are shown");
             problems.truncate(MAX_PROBLEMS);
         }
         let published = Published {
@@ -346,7 +353,7 @@ fn decode(bytes: &[u8]) -> (String, Vec<Problem>) {
     for (index, line) in bytes.split_inclusive(|&byte| byte == b'\n').enumerate() {
         let line = String::from_utf8_lossy(line);
         if matches!(line, std::borrow::Cow::Owned(_)) {
-            problems.push(Problem::new(index + 1, "not UTF-8"));
+            Problem::note(&mut problems, index + 1, "not UTF-8");
         }
         text.push_str(&line);
     }
@@ -590,7 +597,8 @@ mod tests {
             assert_eq!(source.problems().len(), MAX_PROBLEMS);
         });
         assert_eq!(log.lines().count(), MAX_PROBLEMS + 1);
-        assert!(log.ends_with("50 more problems\n"), "{log}");
+        assert!(log.ends_with("only the first 100 are shown\n"), "{log}");
+        assert_eq!(decode(&b"\xff\n".repeat(1000)).1.len(), MAX_PROBLEMS + 1);
     }
 
     #[test]
