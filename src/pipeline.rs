@@ -107,16 +107,13 @@ impl Pipeline {
         }
         let mailer = argument.mailer.as_deref();
         let by_mailer = mailer.is_some_and(|m| settings.local_mailers.iter().any(|local| local == m));
-        if !by_mailer && !self.is_our_domain(&address) {
-            return unjudged(argument, Some(address), "not ours");
-        }
         if self.is_exempt(&address) {
             return unjudged(argument, Some(address), "exempt");
         }
         // Sendmail has resolved the address already and says to which mailbox; Postfix repeats it.
         let mailbox = argument.mailbox.as_deref().filter(|_| by_mailer);
         let mailbox = mailbox.and_then(|m| Address::parse(m.as_bytes()).ok());
-        match self.resolver.resolve(mailbox.as_ref().unwrap_or(&address)).await {
+        match self.resolver.resolve(mailbox.as_ref().unwrap_or(&address), by_mailer).await {
             Err(unavailable) => {
                 warn!("{}: {address}: {unavailable}", envelope.queue_id());
                 let why = unavailable.to_string();
@@ -174,6 +171,11 @@ impl Pipeline {
         }
     }
 
+    /// What our own trouble with a whole transaction means.
+    pub fn opinion_on_trouble(&self) -> Opinion {
+        self.opinion_on_error(None)
+    }
+
     fn opinion_on_error(&self, on_error: Option<OnError>) -> Opinion {
         match on_error.unwrap_or(self.settings.filter.on_error) {
             OnError::Accept => Opinion::Accept,
@@ -196,13 +198,6 @@ impl Pipeline {
         }
     }
 
-    fn is_our_domain(&self, address: &Address) -> bool {
-        match address.domain() {
-            Some(domain) => self.settings.recipients.domains.iter().any(|ours| ours == domain),
-            None => true,
-        }
-    }
-
     fn is_exempt(&self, address: &Address) -> bool {
         let (base, _) = address.split_extension(&self.settings.recipients.delimiters);
         self.settings.recipients.exempt.iter().any(|exempt| {
@@ -212,6 +207,11 @@ impl Pipeline {
                 exempt.eq_ignore_ascii_case(address.local()) || exempt.eq_ignore_ascii_case(base)
             }
         })
+    }
+
+    /// Re-reads what administrators have changed. Blocks; to be called about once a second.
+    pub fn refresh(&self) {
+        self.resolver.refresh();
     }
 
     /// Whether the message is needed to decide: as soon as somebody accepts, it is not.

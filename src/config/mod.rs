@@ -72,6 +72,12 @@ pub struct Recipients {
     pub local_mailers: Vec<String>,
     /// Characters that separate an extension from a user's name.
     pub delimiters: String,
+    /// aliases(5) sources.
+    #[serde(deserialize_with = "absolute_paths")]
+    pub aliases: Vec<PathBuf>,
+    /// virtual(5) sources.
+    #[serde(rename = "virtual", deserialize_with = "absolute_paths")]
+    pub virtual_aliases: Vec<PathBuf>,
     /// Local parts (or whole addresses) that are always accepted.
     pub exempt: Vec<String>,
     /// What becomes of an address of ours that nobody has.
@@ -315,6 +321,8 @@ impl Default for Recipients {
             domains,
             local_mailers: vec!["local".into()],
             delimiters: "+".into(),
+            aliases: Vec::new(),
+            virtual_aliases: Vec::new(),
             exempt: vec!["postmaster".into(), "abuse".into()],
             unknown: Unknown::Pass,
             trusted_networks: ["127.0.0.0/8", "::1"]

@@ -31,10 +31,11 @@ use nix::{
 
 use super::{
     checks::{self, CheckError},
-    wire::{self, FilterFile, Inspection, Phase, Report, Variable},
+    wire::{self, FilterFile, Inspection, Phase, Report, RulesSource, Variable},
 };
 use crate::{
     config::Filter,
+    rules::Rules,
     sys,
     user::{Account, User},
 };
@@ -45,6 +46,12 @@ const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
 /// Exit status of a child that did not become a filter: EX_UNAVAILABLE. Nobody judges by it; the report does.
 const NOT_RUN: i32 = 69;
+
+/// Longest `rules.toml`, in bytes.
+const MAX_RULES_LENGTH: u64 = 1 << 20;
+
+/// Most that all sender files of a user may have, in bytes: 100,000 addresses are 3 MB.
+const MAX_SENDER_FILES_LENGTH: u64 = 16 << 20;
 
 /// Most filters listed of one user.
 const MAX_FILTERS: usize = 256;
@@ -265,8 +272,27 @@ impl Child<'_> {
             }
         }
         inspection.filters.sort_by(|a, b| a.name.cmp(&b.name));
+        match read_rules(&directory) {
+            Ok(rules) => inspection.rules = rules,
+            Err(error) => inspection.rules_problem = Some(error.to_string()),
+        }
         Ok(())
     }
+}
+
+/// The rules file and what it names, read as the user: the child decides which files, by the text itself.
+fn read_rules(directory: &Path) -> Result<Option<RulesSource>, CheckError> {
+    let Some(text) = checks::read_text(&directory.join("rules.toml"), MAX_RULES_LENGTH)? else { return Ok(None) };
+    let mut left = MAX_SENDER_FILES_LENGTH;
+    let mut sender_files = Vec::new();
+    for name in Rules::sender_file_names(&text) {
+        // A missing one is reported with its place by whoever parses the rules.
+        if let Some(text) = checks::read_text(&directory.join(&name), left)? {
+            left -= text.len() as u64;
+            sender_files.push((name, text));
+        }
+    }
+    Ok(Some(RulesSource { text, sender_files }))
 }
 
 fn is_filter_name(name: &str) -> bool {

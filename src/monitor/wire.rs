@@ -192,6 +192,10 @@ pub struct Inspection {
     pub home: PathBuf,
     /// Executables whose names begin with `recipient` or `message`.
     pub filters: Vec<FilterFile>,
+    /// The rules file.
+    pub rules: Option<RulesSource>,
+    /// Why there is a rules file that can't be used.
+    pub rules_problem: Option<String>,
     /// Whether verdicts are to be logged to the user's own log.
     pub log: bool,
 }
@@ -202,6 +206,15 @@ impl Inspection {
         let candidates = phase.candidates(extension);
         candidates.iter().find_map(|name| self.filters.iter().find(|file| &file.name == name))
     }
+}
+
+/// A rules file and the sender files that it names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RulesSource {
+    /// The text of `rules.toml`.
+    pub text: String,
+    /// Name and text of each sender file that exists.
+    pub sender_files: Vec<(String, String)>,
 }
 
 /// One executable of a user.

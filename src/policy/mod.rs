@@ -7,6 +7,7 @@ mod codec;
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::{SinkExt, StreamExt};
 pub use codec::{CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -18,11 +19,11 @@ use tracing::{debug, warn};
 
 use crate::{
     address::Sender,
-    logging::Chain,
+    logging::{Chain, Quoted},
     pipeline::Pipeline,
     reply::Reply,
-    transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::Opinion,
+    transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
     worker::Drain,
 };
 
@@ -45,7 +46,7 @@ where
     loop {
         let next = tokio::select! {
             biased;
-            next = timeout(IDLE_TIME_LIMIT, next_request(&mut framed)) => next,
+            next = timeout(IDLE_TIME_LIMIT, framed.next()) => next,
             // Between requests a connection can go at any time: Postfix makes another.
             _ = drain.wait_for(Option::is_some), if framed.read_buffer().is_empty() => return,
         };
@@ -72,11 +73,62 @@ where
     }
 }
 
-async fn next_request<S>(framed: &mut Framed<S, PolicyCodec>) -> Option<Result<Request, CodecError>>
+/// Answers pipelined requests together: written out only when no further one waits in the buffer.
+async fn send<S>(framed: &mut Framed<S, PolicyCodec>, action: String) -> Result<(), CodecError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    use std::{future::poll_fn, pin::Pin};
-    use tokio_stream::Stream;
-    poll_fn(|cx| Pin::new(&mut *framed).poll_next(cx)).await
+    framed.feed(action).await?;
+    if framed.read_buffer().is_empty() { framed.flush().await } else { Ok(()) }
+}
+
+/// The action for a request; `None` if it is none that we serve.
+async fn answer(pipeline: &Pipeline, request: &Request) -> Option<String> {
+    if request.get("request") != Some("smtpd_access_policy") {
+        return None;
+    }
+    if request.get("protocol_state") != Some("RCPT") {
+        return Some(DUNNO.to_owned());
+    }
+    let Some(recipient) = request.get("recipient") else { return Some(DUNNO.to_owned()) };
+    let sender = match Sender::parse(request.get("sender").unwrap_or_default().as_bytes()) {
+        Ok(sender) => sender,
+        Err(error) => {
+            warn!("NOQUEUE: sender \"{}\" is not judged: {error}", Quoted(request.get("sender").unwrap_or_default()));
+            return Some(action(&pipeline.opinion_on_trouble()));
+        }
+    };
+    let envelope = Envelope {
+        interface: Interface::Policy,
+        queue_id: request.get("queue_id").map(str::to_owned),
+        client: Arc::new(client(request)),
+        sender,
+        declared_size: request.get("size").and_then(|size| size.parse().ok()).filter(|size| *size > 0),
+        // The protocol does not say; ASCII is always right.
+        smtputf8: false,
+    };
+    let argument = RecipientArgument { raw: recipient.as_bytes().to_vec(), mailer: None, mailbox: None };
+    let (opinion, _) = pipeline.recipient(&envelope, argument).await;
+    Some(action(&opinion))
+}
+
+fn action(opinion: &Opinion) -> String {
+    opinion.reply().map_or(DUNNO.to_owned(), Reply::policy_action)
+}
+
+fn client(request: &Request) -> Client {
+    let known = |name| request.get(name).filter(|value| *value != "unknown").map(str::to_owned);
+    Client {
+        address: request.get("client_address").and_then(|address| address.parse().ok()),
+        name: known("client_name"),
+        helo: request.get("helo_name").map(str::to_owned),
+        protocol: request.get("protocol_name").unwrap_or("ESMTP").to_owned(),
+        sasl: request.get("sasl_username").map(|username| Sasl {
+            username: username.to_owned(),
+            method: request.get("sasl_method").unwrap_or_default().to_owned(),
+            sender: request.get("sasl_sender").unwrap_or_default().to_owned(),
+        }),
+        tls: known("encryption_protocol"),
+        is_local: false,
+    }
 }

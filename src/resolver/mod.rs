@@ -1,18 +1,22 @@
 //! Which users an address means.
 //!
-//! Resolvers are asked in the order of the configuration; the full local part is tried before the part in front of
-//! a delimiter. "Nobody has this address" and "could not ask" are different answers all the way.
+//! Aliases first, as the MTA does it; then the resolvers in the order of the configuration, the full local part
+//! before the part in front of a delimiter. "Nobody has this address" and "could not ask" are different answers
+//! all the way.
 
+pub mod aliases;
 mod passwd;
-
-use std::path::PathBuf;
+pub mod passwd_file;
+pub mod source;
 
 use crate::{
     address::Address,
     config::{OnError, Recipients, ResolverConfig},
     user::{Account, User, UserName},
 };
+use aliases::{Aliases, Leaf};
 use passwd::Passwd;
+use passwd_file::PasswdFile;
 
 /// The users of an address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +32,10 @@ impl Resolution {
     pub fn is_nobody(&self) -> bool {
         self.users.is_empty() && self.unjudged.is_none()
     }
+
+    fn unjudged(why: impl Into<String>) -> Self {
+        Self { users: Vec::new(), unjudged: Some(why.into()) }
+    }
 }
 
 /// One user, and by which address.
@@ -37,7 +45,7 @@ pub struct ResolvedUser {
     pub user: User,
     /// The final address: after aliases, with its extension.
     pub address: Address,
-    /// The extension that was not part of the user's name.
+    /// The extension that was not part of the user's name, in lower case.
     pub extension: Option<String>,
 }
 
@@ -56,14 +64,16 @@ pub struct Unavailable {
 /// All resolvers of a configuration.
 #[derive(Debug)]
 pub struct Chain {
+    aliases: Aliases,
     resolvers: Vec<Resolver>,
+    domains: Vec<String>,
     delimiters: String,
 }
 
 #[derive(Debug)]
 enum Resolver {
     Passwd(Passwd),
-    PasswdFile(PathBuf),
+    PasswdFile(PasswdFile),
 }
 
 /// What one resolver says of one name.
@@ -80,28 +90,71 @@ impl Chain {
             .iter()
             .map(|config| match config {
                 ResolverConfig::Passwd { min_uid } => Resolver::Passwd(Passwd::new(*min_uid)),
-                ResolverConfig::PasswdFile { path } => Resolver::PasswdFile(path.clone()),
+                ResolverConfig::PasswdFile { path } => Resolver::PasswdFile(PasswdFile::open(path)),
             })
             .collect();
-        Self { resolvers, delimiters: recipients.delimiters.clone() }
+        Self {
+            aliases: Aliases::open(&recipients.aliases, &recipients.virtual_aliases),
+            resolvers,
+            domains: recipients.domains.clone(),
+            delimiters: recipients.delimiters.clone(),
+        }
     }
 
-    /// The users of an address that is ours.
+    /// Re-reads files that have changed. Blocks; to be called about once a second.
+    pub fn refresh(&self) {
+        self.aliases.refresh();
+        for resolver in &self.resolvers {
+            if let Resolver::PasswdFile(file) = resolver {
+                file.refresh();
+            }
+        }
+    }
+
+    /// The users of an address. `is_local`: the MTA says that it delivers here, whatever the domain.
     ///
     /// # Errors
     ///
-    /// [`Unavailable`] if a resolver that might know the address could not be asked.
-    pub async fn resolve(&self, address: &Address) -> Result<Resolution, Unavailable> {
+    /// [`Unavailable`] if a source that might know the address could not be asked.
+    pub async fn resolve(&self, address: &Address, is_local: bool) -> Result<Resolution, Unavailable> {
+        let is_ours = |other: &Address| (is_local && other == address) || self.is_our_domain(other);
+        let expansion = self.aliases.expand(address, is_ours, &self.delimiters);
+        let is_alias = !expansion.steps.is_empty();
+        let mut all = Resolution::default();
+        for leaf in expansion.leaves {
+            let one = match leaf {
+                Leaf::Address(leaf) if is_ours(&leaf) => self.look_up(&leaf).await?,
+                Leaf::Address(leaf) => Resolution::unjudged(format!("{leaf} is not ours")),
+                Leaf::Unjudged(why) => Resolution::unjudged(why),
+                Leaf::Unavailable(reason) => {
+                    return Err(Unavailable { resolver: "aliases".into(), reason, on_error: None });
+                }
+            };
+            // A target that nobody has is the alias owner's mistake, and no reason to refuse the others' mail.
+            let one = if is_alias && one.is_nobody() { Resolution::unjudged("alias target is unknown") } else { one };
+            for user in one.users {
+                if !all.users.iter().any(|known| known.user == user.user && known.extension == user.extension) {
+                    all.users.push(user);
+                }
+            }
+            all.unjudged = all.unjudged.or(one.unjudged);
+        }
+        Ok(all)
+    }
+
+    fn is_our_domain(&self, address: &Address) -> bool {
+        address.domain().is_none_or(|domain| self.domains.iter().any(|ours| ours == domain))
+    }
+
+    async fn look_up(&self, address: &Address) -> Result<Resolution, Unavailable> {
         let (base, extension) = address.split_extension(&self.delimiters);
         let whole = (address.local(), None);
         let candidates = std::iter::once(whole).chain(extension.map(|extension| (base, Some(extension))));
         for (local, extension) in candidates {
             for resolver in &self.resolvers {
-                match resolver.lookup(&local.to_lowercase(), address).await? {
+                match resolver.lookup(&local.to_lowercase(), address.domain()).await? {
                     Lookup::NotFound => (),
-                    Lookup::Unjudged(why) => {
-                        return Ok(Resolution { users: Vec::new(), unjudged: Some(why) });
-                    }
+                    Lookup::Unjudged(why) => return Ok(Resolution::unjudged(why)),
                     Lookup::User(user) => {
                         let extension = extension.map(str::to_lowercase);
                         let user = ResolvedUser { user, address: address.clone(), extension };
@@ -115,8 +168,10 @@ impl Chain {
 }
 
 impl Resolver {
-    async fn lookup(&self, local: &str, address: &Address) -> Result<Lookup, Unavailable> {
-        let _ = address;
+    async fn lookup(&self, local: &str, domain: Option<&str>) -> Result<Lookup, Unavailable> {
+        let unavailable = |resolver: &str, reason: String| {
+            Err(Unavailable { resolver: resolver.into(), reason, on_error: None })
+        };
         match self {
             Self::Passwd(passwd) => {
                 let Ok(name) = UserName::try_from(local.to_owned()) else { return Ok(Lookup::NotFound) };
@@ -124,14 +179,20 @@ impl Resolver {
                     Ok(passwd::Answer::Found) => Ok(Lookup::User(User { name, account: Account::Passwd })),
                     Ok(passwd::Answer::System) => Ok(Lookup::Unjudged(format!("{local} is a system account"))),
                     Ok(passwd::Answer::NotFound) => Ok(Lookup::NotFound),
-                    Err(error) => Err(Unavailable {
-                        resolver: "passwd".into(),
-                        reason: error.to_string(),
-                        on_error: None,
-                    }),
+                    Err(error) => unavailable("passwd", error.to_string()),
                 }
             }
-            Self::PasswdFile(_) => Ok(Lookup::NotFound),
+            Self::PasswdFile(file) => match file.lookup(local, domain) {
+                passwd_file::Answer::Found(entry) => match UserName::try_from(entry.name) {
+                    Ok(name) => {
+                        let account = Account::Virtual { uid: entry.uid, gid: entry.gid, home: entry.home };
+                        Ok(Lookup::User(User { name, account }))
+                    }
+                    Err(why) => unavailable("passwd-file", why),
+                },
+                passwd_file::Answer::NotFound => Ok(Lookup::NotFound),
+                passwd_file::Answer::Unavailable(reason) => unavailable("passwd-file", reason),
+            },
         }
     }
 }

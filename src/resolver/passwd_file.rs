@@ -1,0 +1,340 @@
+//! Users in a file of passwd(5) lines that need not exist on this host: `name:password:uid:gid:gecos:home:shell`.
+//!
+//! The name may be `user@domain`. Such users are virtual: whether their uid and home are allowed is checked by
+//! the monitor, this module only refuses what can't be meant.
+
+use std::collections::HashMap;
+use std::collections::hash_map;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use super::source::{Problem, SourceFile, is_damaged};
+use crate::address::normalize_domain;
+
+/// The two ids above it mean "unchanged" to setresuid(2) and, as -2, "nobody" on some systems.
+const MAX_ID: u32 = 4_294_967_293;
+
+/// A passwd(5) file that is read again when it changes.
+#[derive(Debug)]
+pub struct PasswdFile {
+    source: SourceFile<Users>,
+}
+
+/// A user as the file has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// As written: `alice` or `alice@example.org`.
+    pub name: String,
+    /// Never 0.
+    pub uid: u32,
+    /// Never 0.
+    pub gid: u32,
+    /// Absolute and without `..`.
+    pub home: PathBuf,
+}
+
+/// What the file says about a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// There is such a user.
+    Found(Entry),
+    /// The file was read and has no such user.
+    NotFound,
+    /// The file could never be read, for this reason.
+    Unavailable(String),
+}
+
+impl PasswdFile {
+    /// Reads the file; one that cannot be read yet answers [`Answer::Unavailable`].
+    pub fn open(path: impl Into<PathBuf>) -> Self {
+        Self {
+            source: SourceFile::open(path, parse),
+        }
+    }
+
+    /// See [`SourceFile::refresh`].
+    pub fn refresh(&self) {
+        self.source.refresh();
+    }
+
+    /// See [`SourceFile::problems`].
+    pub fn problems(&self) -> Arc<Vec<Problem>> {
+        self.source.problems()
+    }
+
+    /// Looks for `local@domain`, then for `local`, in whatever case.
+    pub fn lookup(&self, local: &str, domain: Option<&str>) -> Answer {
+        let users = match self.source.ask() {
+            Ok(users) => users,
+            Err(reason) => return Answer::Unavailable(reason),
+        };
+        let local = local.to_lowercase();
+        let qualified = domain
+            .and_then(normalize_domain)
+            .and_then(|domain| users.get(&(local.clone(), Some(domain))));
+        match qualified.or_else(|| users.get(&(local, None))) {
+            Some((_, entry)) => Answer::Found(entry.clone()),
+            None => Answer::NotFound,
+        }
+    }
+}
+
+/// By local part in lower case and domain as A-label, with the line that each comes from.
+type Users = HashMap<(String, Option<String>), (usize, Entry)>;
+
+fn parse(text: &str, _: &Path) -> (Users, Vec<Problem>) {
+    let mut users = Users::new();
+    let mut problems = Vec::new();
+    for (index, line) in text.split_inclusive('\n').enumerate() {
+        let number = index + 1;
+        let (line, finished) = match line.strip_suffix('\n') {
+            Some(line) => (line, true),
+            None => (line, false),
+        };
+        let line = line.strip_suffix('\r').unwrap_or(line);
+        if line.trim().is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let entry = parse_line(line).and_then(|entry| Ok((key(&entry.name)?, entry)));
+        let message = match entry {
+            Ok((key, entry)) => match users.entry(key) {
+                hash_map::Entry::Vacant(place) => {
+                    place.insert((number, entry));
+                    continue;
+                }
+                hash_map::Entry::Occupied(first) => {
+                    format!(
+                        "{:?} is already in line {}, which is used",
+                        entry.name,
+                        first.get().0
+                    )
+                }
+            },
+            Err(message) if finished => message,
+            Err(message) => format!("unfinished last line: {message}"),
+        };
+        Problem::note(&mut problems, number, message);
+    }
+    (users, problems)
+}
+
+fn parse_line(line: &str) -> Result<Entry, String> {
+    let fields: Vec<&str> = line.split(':').collect();
+    let [name, _password, uid, gid, _gecos, home, _shell] = fields[..] else {
+        return Err(format!("{} fields instead of 7", fields.len()));
+    };
+    if name.is_empty() {
+        return Err("empty name".to_owned());
+    }
+    if is_damaged(name) || name.contains('/') {
+        return Err(format!("name {name:?} has a character that no name can have"));
+    }
+    let home = PathBuf::from(home);
+    let climbs = home.components().any(|part| part == Component::ParentDir);
+    if !home.is_absolute() || climbs || is_damaged(&home.to_string_lossy()) {
+        return Err(format!(
+            "home {home:?} of {name:?} is no absolute path without \"..\""
+        ));
+    }
+    Ok(Entry {
+        name: name.to_owned(),
+        uid: parse_id(uid)
+            .ok_or_else(|| format!("uid {uid:?} of {name:?} is no number from 1 to {MAX_ID}"))?,
+        gid: parse_id(gid)
+            .ok_or_else(|| format!("gid {gid:?} of {name:?} is no number from 1 to {MAX_ID}"))?,
+        home,
+    })
+}
+
+/// Digits only: `str::parse` would take a plus sign.
+fn parse_id(text: &str) -> Option<u32> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let id = digits.then(|| text.parse().ok()).flatten()?;
+    (1..=MAX_ID).contains(&id).then_some(id)
+}
+
+fn key(name: &str) -> Result<(String, Option<String>), String> {
+    let Some((local, domain)) = name.rsplit_once('@') else {
+        return Ok((name.to_lowercase(), None));
+    };
+    match normalize_domain(domain) {
+        Some(domain) if !local.is_empty() => Ok((local.to_lowercase(), Some(domain))),
+        _ => Err(format!("name {name:?} is no mailbox")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs;
+
+    const FILE: &str = "\
+# virtual users
+alice:x:5001:5000:Alice:/var/vmail/alice:/bin/sh
+Alice@Example.ORG:x:5002:5000::/var/vmail/example.org/alice:
+
+bob@bücher.example:*:5003:5000:::
+bob@bücher.example:*:5003:5000::/var/vmail/bob:
+";
+
+    fn users(text: &str) -> (Users, Vec<Problem>) {
+        parse(text, Path::new("users"))
+    }
+
+    fn open(text: &str) -> (tempfile::TempDir, PathBuf, PasswdFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("users");
+        fs::write(&path, text).unwrap();
+        let file = PasswdFile::open(&path);
+        (dir, path, file)
+    }
+
+    fn uid(answer: Answer) -> u32 {
+        match answer {
+            Answer::Found(entry) => entry.uid,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_name_with_domain_goes_before_the_name_alone() {
+        let (_dir, _, file) = open(FILE);
+        assert_eq!(
+            file.lookup("ALICE", Some("example.org")),
+            Answer::Found(Entry {
+                name: "Alice@Example.ORG".to_owned(),
+                uid: 5002,
+                gid: 5000,
+                home: PathBuf::from("/var/vmail/example.org/alice"),
+            })
+        );
+        assert_eq!(uid(file.lookup("alice", Some("example.com"))), 5001);
+        assert_eq!(uid(file.lookup("alice", None)), 5001);
+        assert_eq!(uid(file.lookup("bob", Some("xn--bcher-kva.example"))), 5003);
+        assert_eq!(file.lookup("bob", None), Answer::NotFound);
+        assert_eq!(file.lookup("carol", Some("example.org")), Answer::NotFound);
+        let problems = file.problems();
+        assert_eq!(problems.iter().map(|p| p.line).collect::<Vec<_>>(), [5]);
+    }
+
+    #[test]
+    fn a_local_part_with_an_at_sign_is_no_way_to_another_domains_user() {
+        let (_dir, _, file) = open("a@b.example:x:5000:5000::/home/a:\n");
+        assert_eq!(file.lookup("a@b.example", None), Answer::NotFound);
+        assert_eq!(file.lookup("a@b.example", Some("c.example")), Answer::NotFound);
+    }
+
+    #[test]
+    fn a_bad_line_is_reported_and_the_rest_serves() {
+        for (bad, why) in [
+            ("a:x:5000:5000:g:/home/a", "6 fields instead of 7"),
+            ("a:x:5000:5000:g:/home/a:/bin/sh:", "8 fields instead of 7"),
+            (":x:5000:5000:g:/home/a:", "empty name"),
+            ("a/b:x:5000:5000:g:/home/a:", "character that no name"),
+            ("a\tb:x:5000:5000:g:/home/a:", "character that no name"),
+            ("a\u{fffd}:x:5000:5000:g:/home/a:", "character that no name"),
+            ("a@:x:5000:5000:g:/home/a:", "no mailbox"),
+            ("@b.example:x:5000:5000:g:/home/a:", "no mailbox"),
+            ("a:x:0:5000:g:/home/a:", "uid \"0\""),
+            ("a:x:00:5000:g:/home/a:", "uid \"00\""),
+            ("a:x:+5:5000:g:/home/a:", "uid \"+5\""),
+            ("a:x:-1:5000:g:/home/a:", "uid \"-1\""),
+            ("a:x::5000:g:/home/a:", "uid \"\""),
+            ("a:x:4294967294:5000:g:/home/a:", "uid \"4294967294\""),
+            ("a:x:4294967296:5000:g:/home/a:", "uid \"4294967296\""),
+            ("a:x:5000:0:g:/home/a:", "gid \"0\""),
+            ("a:x:5000:4294967295:g:/home/a:", "gid \"4294967295\""),
+            ("a:x:5000:staff:g:/home/a:", "gid \"staff\""),
+            ("a:x:5000:5000:g:home/a:", "home \"home/a\""),
+            ("a:x:5000:5000:g::", "home \"\""),
+            ("a:x:5000:5000:g:/home/../etc:", "home \"/home/../etc\""),
+            ("a:x:5000:5000:g:/home/\u{1b}:", "home"),
+        ] {
+            let (users, problems) = users(&format!("{bad}\nb:x:4294967293:1:g:/home/b:/bin/sh\n"));
+            assert_eq!(problems.len(), 1, "{bad}");
+            assert_eq!(problems[0].line, 1);
+            assert!(problems[0].message.contains(why), "{:?}", problems[0]);
+            assert_eq!(users.len(), 1);
+            assert!(users.contains_key(&("b".to_owned(), None)));
+        }
+    }
+
+    #[test]
+    fn of_two_lines_for_one_name_the_first_is_used() {
+        let (_dir, _, file) = open("a@B.example:x:1:1::/a:\nb:x:3:1::/b:\nA@b.EXAMPLE:x:2:1::/a:\n");
+        assert_eq!(uid(file.lookup("a", Some("b.example"))), 1);
+        assert_eq!(
+            *file.problems(),
+            [Problem::new(
+                3,
+                "\"A@b.EXAMPLE\" is already in line 1, which is used"
+            )]
+        );
+    }
+
+    #[test]
+    fn the_unfinished_last_line_serves_if_it_is_whole_enough() {
+        let (whole, problems) = users("a:x:1:1::/a:\nb:x:2:1::/b:/bin/ba");
+        assert_eq!((whole.len(), problems.len()), (2, 0));
+        let (cut, problems) = users("a:x:1:1::/a:\nb:x:2:1::/b");
+        assert_eq!(cut.len(), 1);
+        assert_eq!(
+            problems,
+            [Problem::new(2, "unfinished last line: 6 fields instead of 7")]
+        );
+    }
+
+    #[test]
+    fn a_name_in_latin_1_in_the_gecos_field_does_not_cost_the_user() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("users");
+        fs::write(&path, b"remy:x:5000:5000:R\xe9my:/home/remy:\r\n").unwrap();
+        let file = PasswdFile::open(&path);
+        assert_eq!(uid(file.lookup("remy", None)), 5000);
+        assert_eq!(*file.problems(), [Problem::new(1, "not UTF-8")]);
+    }
+
+    #[test]
+    fn users_come_and_go_with_the_file() {
+        let (dir, path, file) = open("a:x:1:1::/a:\n");
+        let next = dir.path().join("next");
+        fs::write(&next, "b:x:2:1::/b:\n").unwrap();
+        fs::rename(&next, &path).unwrap();
+        assert_eq!(uid(file.lookup("a", None)), 1);
+        file.refresh();
+        assert_eq!(file.lookup("a", None), Answer::NotFound);
+        assert_eq!(uid(file.lookup("b", None)), 2);
+        fs::remove_file(&path).unwrap();
+        file.refresh();
+        assert_eq!(uid(file.lookup("b", None)), 2);
+    }
+
+    #[test]
+    fn a_file_that_was_never_readable_is_not_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("users");
+        let file = PasswdFile::open(&path);
+        assert!(matches!(file.lookup("a", None), Answer::Unavailable(_)));
+        fs::write(&path, "").unwrap();
+        file.refresh();
+        assert_eq!(file.lookup("a", None), Answer::NotFound);
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics_and_never_yields_root(
+            text in "([a-z@./:\\\\\u{0}\u{fffd}ü]|:[0-9+-]{1,11}|:/[a-z]|\r|\n){0,60}"
+        ) {
+            let (users, _) = users(&text);
+            for (_, entry) in users.values() {
+                prop_assert!(entry.uid != 0 && entry.gid != 0 && entry.home.is_absolute());
+            }
+        }
+
+        #[test]
+        fn any_text_is_read_without_panic(text in any::<String>()) {
+            users(&text);
+        }
+    }
+}
