@@ -272,6 +272,21 @@ fn the_policy_client_reads_exactly_one_action() {
     server.join().unwrap();
     assert!(client.read_action().unwrap().is_none());
 
+    let recorded = policy::recorded_requests();
+    assert_eq!(recorded.len(), 5);
+    let names = |request: &str| -> Vec<String> {
+        request
+            .lines()
+            .map(|line| line.split('=').next().unwrap().to_owned())
+            .collect()
+    };
+    let ours = String::from_utf8(policy::Request::rcpt("", "").encode()).unwrap();
+    assert_eq!(
+        names(&ours),
+        names(&recorded[0]),
+        "the attributes of a real Postfix, in its order"
+    );
+
     let request = policy::Request::rcpt("s@sender.example", "alice@test.example")
         .with("size", "1000")
         .without("stress");

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ impl Usermilter {
         if user.is_some() {
             program = reachable_copy(&program, &sandbox);
         }
-        let mut command = Server::command(&program);
+        let mut command = Command::new(&program);
         command.arg("serve").arg("--config").arg(&config);
         command
             .stdin(Stdio::null())
@@ -73,9 +73,8 @@ impl Usermilter {
             // Being root, the standard library also clears the supplementary groups.
             command.uid(uid).gid(gid);
         }
-        let mut server = Server::start(command);
-        let (_, stderr) = server.streams();
-        let log = Log::collect(stderr.expect("stderr is a pipe"));
+        let mut server = Server::start(&mut command);
+        let log = Log::collect(server.stderr().expect("stderr is a pipe"));
         let mut daemon = Usermilter {
             server,
             log,

@@ -1,6 +1,7 @@
 //! Postfix's side of the policy protocol (SMTPD_POLICY_README).
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use super::stream::Stream;
@@ -116,6 +117,14 @@ impl Request {
             .collect();
         (lines + "\n").into_bytes()
     }
+}
+
+/// The requests that a Postfix sent, byte for byte: `tests/captures/policy.txt`, each with the empty line that ends it.
+#[track_caller]
+pub fn recorded_requests() -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/captures/policy.txt");
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    text.split_inclusive("\n\n").map(str::to_owned).collect()
 }
 
 const ATTRIBUTES: &[(&str, &str)] = &[

@@ -244,7 +244,7 @@ impl Builder {
         );
 
         let master_log = sandbox.join("master.stderr");
-        let mut command = Server::command(&master);
+        let mut command = Command::new(&master);
         command
             .arg("-c")
             .arg(&etc)
@@ -253,7 +253,7 @@ impl Builder {
             .stdout(Stdio::null());
         command.stderr(fs::File::create(&master_log).unwrap());
         let mut running = Postfix {
-            server: Server::start(command),
+            server: Server::start(&mut command),
             sandbox,
             port,
             master_log,

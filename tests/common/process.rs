@@ -1,9 +1,7 @@
 //! Starting and ending servers so that none outlives the test run, even one that is killed.
 
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus};
-use std::sync::{Mutex, OnceLock, mpsc};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
@@ -11,42 +9,33 @@ use nix::unistd::Pid;
 
 use super::wait_until;
 
-/// A server: its own process group, SIGTERM if the test process dies, ended when dropped.
+/// A server in a process group of its own; ended when dropped, and when the test process dies.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
     status: Option<ExitStatus>,
+    guard: Option<Guard>,
 }
 
 impl Server {
-    /// A command that runs `program` and dies with the test process.
-    ///
-    /// `setpriv` asks the kernel for the signal at the parent's death and execs the program, so the pid is the program's.
-    pub fn command(program: &Path) -> Command {
-        let mut command = Command::new(super::require("setpriv"));
-        command
-            .args(["--pdeathsig", "TERM", "--"])
-            .arg(program)
-            .process_group(0);
-        command
-    }
-
-    /// Starts a command that [`Server::command`] made.
-    pub fn start(command: Command) -> Self {
+    /// Starts it.
+    #[track_caller]
+    pub fn start(command: &mut Command) -> Self {
+        let child = command
+            .process_group(0)
+            .spawn()
+            .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let guard = Guard::start(child.id());
         Server {
-            child: spawn(command),
+            child,
             status: None,
+            guard: Some(guard),
         }
     }
 
-    /// The standard streams that were set up as pipes.
-    pub fn streams(
-        &mut self,
-    ) -> (
-        Option<std::process::ChildStdout>,
-        Option<std::process::ChildStderr>,
-    ) {
-        (self.child.stdout.take(), self.child.stderr.take())
+    /// Its standard error, if that was set up as a pipe and not taken yet.
+    pub fn stderr(&mut self) -> Option<ChildStderr> {
+        self.child.stderr.take()
     }
 
     pub fn pid(&self) -> u32 {
@@ -57,6 +46,9 @@ impl Server {
     pub fn status(&mut self) -> Option<ExitStatus> {
         if self.status.is_none() {
             self.status = self.child.try_wait().expect("wait for a child");
+        }
+        if self.status.is_some() {
+            self.guard = None;
         }
         self.status
     }
@@ -80,6 +72,7 @@ impl Server {
         if self.status().is_none() {
             let _ = killpg(pid_of(&self.child), Signal::SIGKILL);
             self.status = self.child.wait().ok();
+            self.guard = None;
         }
     }
 }
@@ -92,33 +85,31 @@ impl Drop for Server {
     }
 }
 
-/// Spawns from a thread that lives as long as the process.
+/// A process that ends the server when this one is gone, known by the end of a pipe that only we hold open.
 ///
-/// The death signal comes when the *thread* that spawned ends, and a test's thread may end before a server that
-/// several tests share.
-fn spawn(command: Command) -> Child {
-    type Order = (Command, mpsc::Sender<std::io::Result<Child>>);
-    static SPAWNER: OnceLock<Mutex<mpsc::Sender<Order>>> = OnceLock::new();
-    let spawner = SPAWNER.get_or_init(|| {
-        let (orders, inbox) = mpsc::channel::<Order>();
-        std::thread::spawn(move || {
-            for (mut command, reply) in inbox {
-                let _ = reply.send(command.spawn());
-            }
-        });
-        Mutex::new(orders)
-    });
-    let program = format!("{command:?}");
-    let (reply, answer) = mpsc::channel();
-    spawner
-        .lock()
-        .unwrap()
-        .send((command, reply))
-        .expect("spawner thread");
-    answer
-        .recv()
-        .expect("spawner thread")
-        .unwrap_or_else(|e| panic!("{program}: {e}"))
+/// PR_SET_PDEATHSIG would not do: the kernel forgets it when Postfix's master changes its effective user.
+#[derive(Debug)]
+struct Guard(Child);
+
+impl Guard {
+    fn start(server: u32) -> Self {
+        const SCRIPT: &str = "read -r _; kill -TERM $0 && sleep 5 && kill -KILL $0";
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", SCRIPT, &server.to_string()]).process_group(0);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Guard(command.spawn().expect("start /bin/sh"))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Killed before it sees the end of its pipe: the pid may soon be somebody else's.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn pid_of(child: &Child) -> Pid {
