@@ -346,8 +346,8 @@ fn listen() -> (String, TcpListener) {
     (format!("inet:{}", listener.local_addr().unwrap()), listener)
 }
 
-/// A milter that says the next of its replies whenever its own negotiation wants an answer, and the rest at end of
-/// message. Returns the commands that it received.
+/// A milter that says the next of its replies whenever its own negotiation wants an answer, and the rest at
+/// end of message. Returns the commands that it received.
 fn serve_frames(listener: &TcpListener, replies: Vec<Frame>) -> Vec<char> {
     let quiet = u32::from_be_bytes(replies[0].data[8..12].try_into().unwrap());
     let mut replies = replies.into_iter().peekable();

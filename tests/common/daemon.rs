@@ -109,7 +109,8 @@ impl Usermilter {
         self.wait_for_log_after(0, text, timeout)
     }
 
-    /// As [`Usermilter::wait_for_log`], among the lines after the first `seen` (a former `log_lines().len()`).
+    /// As [`Usermilter::wait_for_log`], among the lines after the first `seen` (a former
+    /// `log_lines().len()`).
     #[track_caller]
     pub fn wait_for_log_after(&self, seen: usize, text: &str, timeout: Duration) -> String {
         match self.log.wait_for(seen, text, timeout) {
@@ -297,7 +298,8 @@ impl LogState {
     }
 }
 
-/// The program where any user can execute it: the build directory may be below a home that others can't enter.
+/// The program where any user can execute it: the build directory may be below a home that others can't
+/// enter.
 fn reachable_copy(program: &Path, sandbox: &Sandbox) -> PathBuf {
     let copy = sandbox.join("usermilter");
     if fs::hard_link(program, &copy).is_err() {

@@ -1,5 +1,5 @@
-//! The MTA's side of the milter protocol, frame by frame: for the order of things that no MTA would use, and for sessions
-//! that one has used (`tests/captures`).
+//! The MTA's side of the milter protocol, frame by frame: for the order of things that no MTA would use, and
+//! for sessions that one has used (`tests/captures`).
 //!
 //! A frame is a u32 length in network order (of what follows), a command byte, and data.
 
@@ -14,7 +14,8 @@ const MAX_REPLY_FRAME: u32 = 64 * 1024 * 1024;
 /// The most of a body that an MTA puts into a frame.
 const BODY_CHUNK: usize = 65_535;
 
-/// Protocol bits (SMFIP_* of libmilter's mfdef.h): what the milter does not want to see, and what it does not answer.
+/// Protocol bits (SMFIP_* of libmilter's mfdef.h): what the milter does not want to see, and what it does not
+/// answer.
 pub mod protocol {
     pub const NO_CONNECT: u32 = 0x1;
     pub const NO_HELO: u32 = 0x2;
@@ -134,8 +135,8 @@ pub struct Negotiated {
     pub macro_lists: Vec<(u32, String)>,
 }
 
-/// A milter connection, from the MTA's side. The methods panic when it breaks; [`Client::send`], [`Client::send_raw`] and
-/// [`Client::read_answer`] are there for tests in which it may.
+/// A milter connection, from the MTA's side. The methods panic when it breaks; [`Client::send`],
+/// [`Client::send_raw`] and [`Client::read_answer`] are there for tests in which it may.
 #[derive(Debug)]
 pub struct Client {
     stream: Stream,
@@ -273,8 +274,8 @@ impl Client {
         self.command(b'Q', []);
     }
 
-    /// Sends a command and reads the answer, if the negotiation says that there is one; sends nothing if the milter
-    /// asked not to see such commands.
+    /// Sends a command and reads the answer, if the negotiation says that there is one; sends nothing if the
+    /// milter asked not to see such commands.
     #[track_caller]
     pub fn command(&mut self, command: u8, data: impl Into<Vec<u8>>) -> Answer {
         let frame = Frame::new(command, data);
@@ -392,13 +393,14 @@ impl Capture {
         }
     }
 
-    /// Sends the session to a milter as the MTA would have, had it been connected to this one, and returns every command
-    /// that was sent with the answer.
+    /// Sends the session to a milter as the MTA would have, had it been connected to this one, and returns
+    /// every command that was sent with the answer.
     ///
-    /// The recorded frames stay as they are; which of them are sent follows the milter's answers. Macros go with their
-    /// command; what the milter does not want to see is left out; after a final answer (accept, or a refusal of the
-    /// sender, of DATA or later) the rest of the message is; so is the rest of a body that is to be skipped.
-    /// A header has the leading space that the recorded session had, so none, even if LEADING_SPACE is negotiated.
+    /// The recorded frames stay as they are; which of them are sent follows the milter's answers. Macros go
+    /// with their command; what the milter does not want to see is left out; after a final answer (accept, or
+    /// a refusal of the sender, of DATA or later) the rest of the message is; so is the rest of a body that
+    /// is to be skipped. A header has the leading space that the recorded session had, so none, even if
+    /// LEADING_SPACE is negotiated.
     #[track_caller]
     pub fn replay(&self, address: &str) -> Vec<(char, Answer)> {
         let mut client = Client::connect_only(address);

@@ -10,8 +10,9 @@
 //!                                                    and for the sessions recorded in tests/captures)
 //! ```
 //!
-//! Nothing here is skipped when a program or a privilege is missing: [`require`] and [`require_root`] fail the test and
-//! say what to install. Everything waits with a time limit, and no process outlives the test run (see [`process`]).
+//! Nothing here is skipped when a program or a privilege is missing: [`require`] and [`require_root`] fail
+//! the test and say what to install. Everything waits with a time limit, and no process outlives the test run
+//! (see [`process`]).
 //!
 //! `KEEP=1` in the environment keeps the sandboxes for a look afterwards; a failing test keeps its own.
 
@@ -48,13 +49,14 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-/// The limit for what should take milliseconds: generous, for a loaded machine, since only failures wait for it.
+/// The limit for what should take milliseconds: generous, for a loaded machine, since only failures wait for
+/// it.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A TCP port of 127.0.0.1 that nobody listens on.
 ///
-/// Taken from below the ephemeral range (32768 and up), so that no outgoing connection grabs it between this call and
-/// the server's bind; every process starts elsewhere in the range, and no port is handed out twice.
+/// Taken from below the ephemeral range (32768 and up), so that no outgoing connection grabs it between this
+/// call and the server's bind; every process starts elsewhere in the range, and no port is handed out twice.
 pub fn free_port() -> u16 {
     const FIRST: u16 = 20_000;
     const COUNT: u16 = 12_000;

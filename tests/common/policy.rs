@@ -119,7 +119,8 @@ impl Request {
     }
 }
 
-/// The requests that a Postfix sent, byte for byte: `tests/captures/policy.txt`, each with the empty line that ends it.
+/// The requests that a Postfix sent, byte for byte: `tests/captures/policy.txt`, each with the empty line
+/// that ends it.
 #[track_caller]
 pub fn recorded_requests() -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/captures/policy.txt");

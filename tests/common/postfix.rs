@@ -1,6 +1,7 @@
 //! A private Postfix: its own configuration, queue and Maildirs in a sandbox, on a free port of 127.0.0.1.
 //!
-//! It runs without systemd and beside any Postfix of the host, whose queue and configuration it never touches.
+//! It runs without systemd and beside any Postfix of the host, whose queue and configuration it never
+//! touches.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
-use nix::unistd::{Group, User};
+use nix::unistd::User;
 
 use super::process::Server;
 use super::sandbox::{Sandbox, make_directory};
@@ -45,7 +46,8 @@ pub struct Builder {
 impl Postfix {
     /// A Postfix that takes mail for alice, bob and carol@test.example, without milter or policy service.
     ///
-    /// No delays, no rate limits, short milter time-outs, `milter_default_action=tempfail`; 127.0.0.1 may use XCLIENT.
+    /// No delays, no rate limits, short milter time-outs, `milter_default_action=tempfail`; 127.0.0.1 may use
+    /// XCLIENT.
     pub fn builder() -> Builder {
         Builder {
             milters: Vec::new(),
@@ -72,8 +74,8 @@ impl Postfix {
 
     /// The messages delivered to a user so far, oldest first, exactly as they are in the Maildir.
     ///
-    /// The user is a mailbox's local part (or whole address, for a domain other than test.example), or the name of a
-    /// system user when there is a [`Builder::local_domain`].
+    /// The user is a mailbox's local part (or whole address, for a domain other than test.example), or the
+    /// name of a system user when there is a [`Builder::local_domain`].
     pub fn maildir(&self, user: &str) -> Vec<Vec<u8>> {
         let mail = self.sandbox.join("mail");
         let mut messages = Vec::new();
@@ -90,7 +92,8 @@ impl Postfix {
         messages.into_iter().map(|(_, message)| message).collect()
     }
 
-    /// Waits until a user has at least this many messages and returns them all; panics with the log when time is up.
+    /// Waits until a user has at least this many messages and returns them all; panics with the log when time
+    /// is up.
     #[track_caller]
     pub fn wait_delivered(&self, user: &str, count: usize, timeout: Duration) -> Vec<Vec<u8>> {
         if !wait_until(timeout, || self.maildir(user).len() >= count) {
@@ -173,7 +176,8 @@ impl Builder {
         self
     }
 
-    /// The mailboxes there are instead of alice, bob and carol: local parts in test.example, or whole addresses.
+    /// The mailboxes there are instead of alice, bob and carol: local parts in test.example, or whole
+    /// addresses.
     pub fn mailboxes(mut self, addresses: &[&str]) -> Self {
         let qualify = |name: &&str| {
             if name.contains('@') {
@@ -192,7 +196,8 @@ impl Builder {
         self
     }
 
-    /// What happens to mail when the milter is in trouble: `accept`, `reject`, `tempfail` (the default here), `quarantine`.
+    /// What happens to mail when the milter is in trouble: `accept`, `reject`, `tempfail` (the default here),
+    /// `quarantine`.
     pub fn milter_default_action(self, action: &str) -> Self {
         self.set("milter_default_action", action)
     }
@@ -401,8 +406,8 @@ anvil     unix  -  -  n  -     1  anvil
 postlog   unix-dgram n - n -   1  postlogd
 ";
 
-/// Writes a file and dates it back: each program of Postfix waits until what it reads is no longer fresh, in case somebody is
-/// still writing, which costs seconds at every start.
+/// Writes a file and dates it back: each program of Postfix waits until what it reads is no longer fresh, in
+/// case somebody is still writing, which costs seconds at every start.
 fn write_settled(sandbox: &Sandbox, name: &str, contents: &str) {
     let path = sandbox.write(name, contents);
     let file = fs::File::options().write(true).open(path).unwrap();
@@ -410,37 +415,22 @@ fn write_settled(sandbox: &Sandbox, name: &str, contents: &str) {
         .unwrap();
 }
 
-/// Directories with the owners that Postfix asks for. Made here since `postfix check` takes seconds to make them.
+/// The directories that must be there before `postfix check`, which makes those of the queue.
 fn make_tree(sandbox: &Sandbox) {
-    const PRIVATE_QUEUES: [&str; 12] = [
-        "active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "private", "saved",
-        "trace", "maildrop",
-    ];
     let owner = User::from_name("postfix")
         .unwrap()
         .expect("user postfix: run tests/install-dependencies")
-        .uid
-        .as_raw();
-    let group = Group::from_name("postdrop")
-        .unwrap()
-        .expect("group postdrop: run tests/install-dependencies")
-        .gid
-        .as_raw();
+        .uid;
     sandbox.directory("etc");
-    let spool = sandbox.directory("spool");
-    make_directory(&sandbox.join("data"), 0o700, Some((owner, 0)));
-    for queue in PRIVATE_QUEUES {
-        make_directory(&spool.join(queue), 0o700, Some((owner, 0)));
-    }
-    make_directory(&spool.join("pid"), 0o755, None);
-    make_directory(&spool.join("public"), 0o710, Some((owner, group)));
-    make_directory(&spool.join("maildrop"), 0o730, Some((owner, group)));
+    sandbox.directory("spool");
+    make_directory(&sandbox.join("data"), 0o700, Some((owner.as_raw(), 0)));
     for directory in ["mail", "mail/virtual", "mail/local"] {
         make_directory(&sandbox.join(directory), 0o1777, None);
     }
 }
 
-/// Whether a connection is greeted, be it with a refusal: only then smtpd has read its configuration and works.
+/// Whether a connection is greeted, be it with a refusal: only then smtpd has read its configuration and
+/// works.
 fn greets(port: u16) -> bool {
     let Ok(stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else {
         return false;

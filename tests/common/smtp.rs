@@ -63,8 +63,8 @@ impl Reply {
     }
 }
 
-/// An SMTP session. The methods panic, with the transcript, when the connection breaks; [`Client::send_raw`] and
-/// [`Client::read_reply`] are there for tests in which it may.
+/// An SMTP session. The methods panic, with the transcript, when the connection breaks; [`Client::send_raw`]
+/// and [`Client::read_reply`] are there for tests in which it may.
 #[derive(Debug)]
 pub struct Client {
     reader: BufReader<TcpStream>,
@@ -113,7 +113,8 @@ impl Client {
         self.command(&format!("EHLO {name}"))
     }
 
-    /// Plays another client: NAME, ADDR (`192.0.2.10` or `IPV6:2001:db8::7`), HELO, PROTO, LOGIN, … (XCLIENT_README).
+    /// Plays another client: NAME, ADDR (`192.0.2.10` or `IPV6:2001:db8::7`), HELO, PROTO, LOGIN, …
+    /// (XCLIENT_README).
     ///
     /// Postfix starts over, so the reply is a greeting (220) and EHLO has to be said again.
     #[track_caller]
@@ -125,7 +126,8 @@ impl Client {
         self.command(&format!("XCLIENT {}", attributes.join(" ")))
     }
 
-    /// MAIL FROM; the address without angle brackets (empty: the null sender), parameters as `SIZE=1000 BODY=8BITMIME`.
+    /// MAIL FROM; the address without angle brackets (empty: the null sender), parameters as `SIZE=1000
+    /// BODY=8BITMIME`.
     #[track_caller]
     pub fn mail_from(&mut self, address: &str, parameters: &str) -> Reply {
         self.command(format!("MAIL FROM:<{address}> {parameters}").trim_end())
@@ -136,8 +138,8 @@ impl Client {
         self.command(&format!("RCPT TO:<{address}>"))
     }
 
-    /// DATA and a message with any line endings: lone LFs become CRLF, leading dots are doubled. The reply to DATA
-    /// itself if that is not 354, else to the message.
+    /// DATA and a message with any line endings: lone LFs become CRLF, leading dots are doubled. The reply to
+    /// DATA itself if that is not 354, else to the message.
     #[track_caller]
     pub fn data(&mut self, message: &[u8]) -> Reply {
         self.data_raw(&wire_form(message))
@@ -167,7 +169,8 @@ impl Client {
         self.command("QUIT")
     }
 
-    /// A whole transaction: the replies to MAIL FROM, to each RCPT TO, and to the message if any recipient was accepted.
+    /// A whole transaction: the replies to MAIL FROM, to each RCPT TO, and to the message if any recipient
+    /// was accepted.
     #[track_caller]
     pub fn send(&mut self, sender: &str, recipients: &[&str], message: &[u8]) -> Sent {
         let mail = self.mail_from(sender, "");

@@ -1,7 +1,8 @@
-//! `make demo`: usermilter behind both interfaces of a real Postfix, four SMTP dialogues, and what each left in the log.
+//! `make demo`: usermilter behind both interfaces of a real Postfix, four SMTP dialogues, and what each left
+//! in the log.
 //!
-//! Ends with 0 only if every mail went as it should. With `KEEP=1` in the environment the servers then run on, to be tried by hand,
-//! until the demo is interrupted.
+//! Ends with 0 only if every mail went as it should. With `KEEP=1` in the environment the servers then run
+//! on, to be tried by hand, until the demo is interrupted.
 
 #![allow(
     clippy::unwrap_used,
