@@ -54,10 +54,7 @@ impl Address {
         }
         let text = std::str::from_utf8(text).map_err(|_| AddressError::NotUtf8)?;
         let text = text.trim_matches([' ', '\t']);
-        let text = text
-            .strip_prefix('<')
-            .and_then(|t| t.strip_suffix('>'))
-            .unwrap_or(text);
+        let text = text.strip_prefix('<').and_then(|t| t.strip_suffix('>')).unwrap_or(text);
         if text.chars().any(char::is_control) {
             return Err(AddressError::Control);
         }
@@ -78,9 +75,7 @@ impl Address {
         if local.is_empty() {
             return Err(AddressError::NoLocalPart);
         }
-        let domain = domain
-            .map(|d| normalize_domain(d).ok_or(AddressError::BadDomain))
-            .transpose()?;
+        let domain = domain.map(|d| normalize_domain(d).ok_or(AddressError::BadDomain)).transpose()?;
         Ok(Self { local, domain })
     }
 
@@ -96,18 +91,12 @@ impl Address {
 
     /// The same mailbox with another local part.
     pub fn with_local(&self, local: impl Into<String>) -> Self {
-        Self {
-            local: local.into(),
-            domain: self.domain.clone(),
-        }
+        Self { local: local.into(), domain: self.domain.clone() }
     }
 
     /// The same mailbox without its domain.
     pub fn without_domain(&self) -> Self {
-        Self {
-            local: self.local.clone(),
-            domain: None,
-        }
+        Self { local: self.local.clone(), domain: None }
     }
 
     /// What stands before the first of `delimiters`, and the extension behind it: `alice`, `shop` of
@@ -129,10 +118,7 @@ impl Address {
 
 /// See [`Address::split_extension`].
 pub fn split_extension<'a>(local: &'a str, delimiters: &str) -> (&'a str, Option<&'a str>) {
-    let split = local
-        .char_indices()
-        .skip(1)
-        .find(|(_, c)| delimiters.contains(*c));
+    let split = local.char_indices().skip(1).find(|(_, c)| delimiters.contains(*c));
     match split {
         Some((at, c)) => (&local[..at], Some(&local[at + c.len_utf8()..])),
         None => (local, None),
@@ -262,25 +248,16 @@ mod tests {
     fn brackets_case_and_source_routes_do_not_matter() {
         assert_eq!(address("<Alice@Example.ORG>").to_string(), "Alice@example.org");
         assert_eq!(address("Alice@example.org.").key(), "alice@example.org");
-        assert_eq!(
-            address("<@a.example,@b.example:bob@c.example>").to_string(),
-            "bob@c.example"
-        );
+        assert_eq!(address("<@a.example,@b.example:bob@c.example>").to_string(), "bob@c.example");
     }
 
     #[test]
     fn quoted_local_parts_are_unquoted_and_quoted_again_only_if_needed() {
         assert_eq!(address(r#"<"john doe"@example.org>"#).local(), "john doe");
         assert_eq!(address(r#""a\"b@c"@example.org"#).local(), "a\"b@c");
-        assert_eq!(
-            address(r#""a\"b@c"@example.org"#).to_string(),
-            r#""a\"b@c"@example.org"#
-        );
+        assert_eq!(address(r#""a\"b@c"@example.org"#).to_string(), r#""a\"b@c"@example.org"#);
         assert_eq!(address(r#""plain"@example.org"#).to_string(), "plain@example.org");
-        assert_eq!(
-            Address::parse(br#""open@example.org"#),
-            Err(AddressError::BadQuoting)
-        );
+        assert_eq!(Address::parse(br#""open@example.org"#), Err(AddressError::BadQuoting));
     }
 
     #[test]
@@ -290,15 +267,7 @@ mod tests {
 
     #[test]
     fn what_is_no_address_is_refused() {
-        for bad in [
-            &b""[..],
-            b"<>",
-            b"@example.org",
-            b"a@",
-            b"a\nb@c",
-            b"\xff@example.org",
-            b"a@b/c",
-        ] {
+        for bad in [&b""[..], b"<>", b"@example.org", b"a@", b"a\nb@c", b"\xff@example.org", b"a@b/c"] {
             assert!(Address::parse(bad).is_err(), "{bad:?}");
         }
         assert!(Address::parse(&[b'a'; MAX_LENGTH + 1]).is_err());

@@ -61,7 +61,11 @@ pub fn variables(
     ];
     for (variable, value) in &mut variables {
         if value.contains(['\0', '\r', '\n']) || value.len() > MAX_VALUE_LENGTH {
-            warn!("{}: {} dropped: it has a NUL or a line end, or is too long", envelope.queue_id(), variable.name());
+            warn!(
+                "{}: {} dropped: it has a NUL or a line end, or is too long",
+                envelope.queue_id(),
+                variable.name()
+            );
             value.clear();
         }
     }
@@ -74,7 +78,11 @@ fn recipients(envelope: &Envelope, all: &[String]) -> String {
     let mut list = String::new();
     for address in all.iter().filter(|address| !address.contains(['\0', '\r', '\n'])) {
         if list.len() + address.len() > MAX_VALUE_LENGTH {
-            warn!("{}: not all of {} recipients have room in the environment", envelope.queue_id(), all.len());
+            warn!(
+                "{}: not all of {} recipients have room in the environment",
+                envelope.queue_id(),
+                all.len()
+            );
             break;
         }
         if !list.is_empty() {

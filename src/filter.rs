@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
-    monitor::{End, Phase, Report, Variable},
+    monitor::{End, Phase, Refusal, Variable},
     reply::Reply,
     spool::Message,
     user::{User, UserName},
@@ -162,11 +162,10 @@ impl Filters {
         match &finished.refusal {
             None => (),
             // Gone since the user was inspected: as if there had been none.
-            Some(Report::NoFilter | Report::NoUser) => {
+            Some(Refusal::NoFilter | Refusal::NoUser) => {
                 return Answer { error_output, ..accepted("filter is gone".into(), elapsed) };
             }
-            Some(Report::Refused(why)) => return self.error(format!("not run: {why}"), elapsed),
-            Some(Report::Inspection(_)) => return self.error("not run: unexpected report".into(), elapsed),
+            Some(Refusal::Check(why)) => return self.error(format!("not run: {why}"), elapsed),
         }
         let status = match finished.ended.end {
             End::Exited(status) => status,
@@ -174,22 +173,29 @@ impl Filters {
                 let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |s| s.as_str());
                 return Answer { error_output, ..self.error(format!("killed by {name}"), elapsed) };
             }
-            End::TimedOut => return Answer { error_output, ..self.error("timed out".into(), elapsed) },
+            End::TimedOut => {
+                return Answer { error_output, ..self.error("timed out".into(), elapsed) };
+            }
             End::NotStarted(errno) => {
                 let why = nix::errno::Errno::from_raw(errno).desc();
                 return self.error(format!("not started: {why}"), elapsed);
             }
         };
         let overridden = u8::try_from(status).ok().and_then(|s| self.settings.exit_status.get(&s));
-        let meaning = overridden.map_or_else(|| Meaning::of_status(status), |verdict| Meaning::Verdict(*verdict));
+        let meaning =
+            overridden.map_or_else(|| Meaning::of_status(status), |verdict| Meaning::Verdict(*verdict));
         let text = String::from_utf8_lossy(&finished.output);
         let opinion = match meaning {
             Meaning::Error => {
                 return Answer { error_output, ..self.error(format!("exit {status}"), elapsed) };
             }
             Meaning::AcceptFinally | Meaning::Verdict(Verdict::Accept) => Opinion::Accept,
-            Meaning::Verdict(Verdict::Reject) => Opinion::Reject(Reply::from_text(Verdict::Reject, &text, smtputf8)),
-            Meaning::Verdict(Verdict::Defer) => Opinion::Defer(Reply::from_text(Verdict::Defer, &text, smtputf8)),
+            Meaning::Verdict(Verdict::Reject) => {
+                Opinion::Reject(Reply::from_text(Verdict::Reject, &text, smtputf8))
+            }
+            Meaning::Verdict(Verdict::Defer) => {
+                Opinion::Defer(Reply::from_text(Verdict::Defer, &text, smtputf8))
+            }
         };
         let is_final = meaning == Meaning::AcceptFinally;
         Answer { opinion, is_final, error_output, ..accepted(format!("exit {status}"), elapsed) }

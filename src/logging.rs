@@ -38,7 +38,9 @@ pub fn start(log: &Log) {
 
 /// Whether standard error is the journal (systemd.exec(5), `$JOURNAL_STREAM`: device and inode of the stream).
 fn under_journald() -> bool {
-    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
     nix::sys::stat::fstat(std::io::stderr())
         .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }

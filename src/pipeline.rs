@@ -30,6 +30,12 @@ use crate::{
 /// How long after the deadline a filter that was told to end may take until its answer is no longer waited for.
 const DEADLINE_MARGIN: Duration = Duration::from_secs(4);
 
+/// Longest field of a line in the log, in characters: a transaction can have thousands of recipients.
+const MAX_FIELD_LENGTH: usize = 8192;
+
+/// Most lines logged of one filter's standard error.
+const MAX_ERROR_LINES: usize = 20;
+
 /// All stages, for both interfaces.
 #[derive(Debug)]
 pub struct Pipeline {
@@ -62,77 +68,68 @@ impl Pipeline {
 
     /// RCPT TO: finds out who decides about a recipient, and what they say without seeing the message.
     ///
-    /// A recipient that is not accepted is logged, and is no part of the transaction.
-    pub async fn recipient(&self, envelope: &Envelope, argument: RecipientArgument) -> (Opinion, Recipient) {
+    /// A recipient that is refused or put off ([`Recipient::known`]) is logged, and is no part of the transaction.
+    pub async fn recipient(&self, envelope: &Envelope, argument: RecipientArgument) -> Recipient {
         let started = Instant::now();
-        let recipient = self.judge_recipient(envelope, argument).await;
-        let opinion = match &recipient {
-            Ok(recipient) => recipient.known().unwrap_or(Opinion::Accept),
-            Err((opinion, _)) => opinion.clone(),
-        };
-        match recipient {
-            Ok(recipient) => {
-                if opinion != Opinion::Accept {
-                    log_refused_recipient(envelope, &recipient.argument, &opinion, &why(&recipient), started);
-                }
-                (opinion, recipient)
-            }
-            Err((_, (argument, why))) => {
-                log_refused_recipient(envelope, &argument, &opinion, &why, started);
-                (opinion, Recipient { argument, address: None, standing: Standing::Unjudged(why) })
-            }
+        let (address, standing) = self.standing(envelope, &argument).await;
+        let recipient = Recipient { argument, address, standing };
+        if let Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) = recipient.known() {
+            log_refused_recipient(envelope, &recipient, &opinion, started);
         }
+        recipient
     }
 
-    /// `Err`: the recipient is refused or put off without anybody having been asked, and why.
-    async fn judge_recipient(
+    async fn standing(
         &self,
         envelope: &Envelope,
-        argument: RecipientArgument,
-    ) -> Result<Recipient, (Opinion, (RecipientArgument, String))> {
-        let settings = &self.settings.recipients;
-        let unjudged = |argument, address, why: &str| {
-            Ok(Recipient { argument, address, standing: Standing::Unjudged(why.to_owned()) })
-        };
+        argument: &RecipientArgument,
+    ) -> (Option<Address>, Standing) {
         let address = match Address::parse(&argument.raw) {
             Ok(address) => address,
             Err(error) => {
-                let raw = String::from_utf8_lossy(&argument.raw).into_owned();
+                let raw = String::from_utf8_lossy(&argument.raw);
                 warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
-                return self.trouble(None, argument, None, error.to_string());
+                return (None, self.trouble(None, error.to_string()));
             }
         };
-        if let Some(why) = self.is_trusted(&envelope.client) {
-            return unjudged(argument, Some(address), why);
-        }
-        let mailer = argument.mailer.as_deref();
-        let by_mailer = mailer.is_some_and(|m| settings.local_mailers.iter().any(|local| local == m));
-        if self.is_exempt(&address) {
-            return unjudged(argument, Some(address), "exempt");
-        }
+        let standing = match self.is_trusted(&envelope.client) {
+            Some(why) => Standing::Unjudged(why.into()),
+            None if self.is_exempt(&address) => Standing::Unjudged("exempt".into()),
+            None => self.standing_of_address(envelope, argument, &address).await,
+        };
+        (Some(address), standing)
+    }
+
+    async fn standing_of_address(
+        &self,
+        envelope: &Envelope,
+        argument: &RecipientArgument,
+        address: &Address,
+    ) -> Standing {
+        let settings = &self.settings.recipients;
+        let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
         // Sendmail has resolved the address already and says to which mailbox; Postfix repeats it.
-        let mailbox = argument.mailbox.as_deref().filter(|_| by_mailer);
-        let mailbox = mailbox.and_then(|m| Address::parse(m.as_bytes()).ok());
-        match self.resolver.resolve(mailbox.as_ref().unwrap_or(&address), by_mailer).await {
+        let mailbox = argument.mailbox.as_deref().filter(|_| is_local);
+        let mailbox = mailbox.and_then(|mailbox| Address::parse(mailbox.as_bytes()).ok());
+        match self.resolver.resolve(mailbox.as_ref().unwrap_or(address), is_local).await {
             Err(unavailable) => {
                 warn!("{}: {address}: {unavailable}", envelope.queue_id());
-                let why = unavailable.to_string();
-                self.trouble(unavailable.on_error, argument, Some(address), why)
+                self.trouble(unavailable.on_error, unavailable.to_string())
             }
             Ok(resolution) if resolution.is_nobody() => match settings.unknown {
-                Unknown::Pass => unjudged(argument, Some(address), "unknown"),
+                Unknown::Pass => Standing::Unjudged("unknown".into()),
                 Unknown::Reject => {
-                    Err((Opinion::Reject(Reply::unknown_user()), (argument, "unknown user".to_owned())))
+                    Standing::Refused(Opinion::Reject(Reply::unknown_user()), "unknown user".into())
                 }
             },
             // Somebody gets the mail who can't be asked: whatever the others say, the recipient accepts.
-            Ok(resolver::Resolution { unjudged: Some(why), .. }) => unjudged(argument, Some(address), &why),
+            Ok(resolver::Resolution { unjudged: Some(why), .. }) => Standing::Unjudged(why),
             Ok(resolution) => {
                 let mut judges = Vec::with_capacity(resolution.users.len());
                 for user in resolution.users {
-                    judges.push(self.judge(envelope, &address, user).await);
+                    judges.push(self.judge(envelope, address, user).await);
                 }
-                Ok(Recipient { argument, address: Some(address), standing: Standing::Judged(judges) })
+                Standing::Judged(judges)
             }
         }
     }
@@ -158,16 +155,10 @@ impl Pipeline {
     }
 
     /// Our own trouble with a recipient: accepted, or 4xx where the configuration says so.
-    fn trouble(
-        &self,
-        on_error: Option<OnError>,
-        argument: RecipientArgument,
-        address: Option<Address>,
-        why: String,
-    ) -> Result<Recipient, (Opinion, (RecipientArgument, String))> {
+    fn trouble(&self, on_error: Option<OnError>, why: String) -> Standing {
         match self.opinion_on_error(on_error) {
-            Opinion::Accept => Ok(Recipient { argument, address, standing: Standing::Unjudged(why) }),
-            opinion => Err((opinion, (argument, why))),
+            Opinion::Accept => Standing::Unjudged(why),
+            opinion => Standing::Refused(opinion, why),
         }
     }
 
@@ -186,7 +177,8 @@ impl Pipeline {
     /// Why mail of this client is not judged, if it is not: a refused submission would be bounced by our own MTA.
     fn is_trusted(&self, client: &Client) -> Option<&'static str> {
         let settings = &self.settings.recipients;
-        let from_network = |address| settings.trusted_networks.iter().any(|network| network.contains(address));
+        let from_network =
+            |address| settings.trusted_networks.iter().any(|network| network.contains(address));
         if client.is_local {
             Some("local submission")
         } else if client.sasl.is_some() && !settings.judge_authenticated {
@@ -294,7 +286,12 @@ impl Pipeline {
             }
             tokio::select! {
                 answer = running.join_next() => match answer {
-                    Some(Ok((n, answer))) => ballot.record(n, answer),
+                    Some(Ok((n, answer))) => {
+                        if let Some(answer) = &answer {
+                            log_error_output(&envelope, &ballot.polls[n], answer);
+                        }
+                        ballot.record(n, answer);
+                    }
                     Some(Err(error)) => warn!("{}: filter task: {error}", envelope.queue_id()),
                     None => break,
                 },
@@ -382,14 +379,22 @@ impl Ballot {
     fn new(envelope: &Envelope, recipients: &[Recipient], size: u64) -> Self {
         let mut ballot = Self { polls: Vec::new(), seats: Vec::with_capacity(recipients.len()) };
         for (n, recipient) in recipients.iter().enumerate() {
-            let seats = recipient.judges().iter().map(|judge| ballot.seat(envelope, recipient, judge, n, size));
+            let seats =
+                recipient.judges().iter().map(|judge| ballot.seat(envelope, recipient, judge, n, size));
             let seats = seats.collect();
             ballot.seats.push(seats);
         }
         ballot
     }
 
-    fn seat(&mut self, envelope: &Envelope, recipient: &Recipient, judge: &Judge, n: usize, size: u64) -> Seat {
+    fn seat(
+        &mut self,
+        envelope: &Envelope,
+        recipient: &Recipient,
+        judge: &Judge,
+        n: usize,
+        size: u64,
+    ) -> Seat {
         if let Some((opinion, by)) = &judge.decided {
             return Seat::Decided(opinion.clone(), by.clone());
         }
@@ -484,7 +489,7 @@ impl Ballot {
                 PollState::Answered(answer) => {
                     let verdict = if answer.is_error { "error" } else { answer.opinion.verdict().as_str() };
                     let seconds = answer.elapsed.as_secs_f64();
-                    format!("{user}={verdict} ({filter}: {}, {seconds:.3}s)", Quoted(&answer.status))
+                    format!("{user}={verdict} ({filter}: {}, {seconds:.3}s)", answer.status)
                 }
                 PollState::NotNeeded => format!("{user}=not-asked ({filter})"),
                 PollState::GivenUp(_) | PollState::Waiting => format!("{user}=error ({filter}: no answer)"),
@@ -521,57 +526,64 @@ struct Record {
 
 impl Record {
     fn log(&self, envelope: &Envelope, recipients: &[Recipient], why: &str, started: Instant) {
-        let mut users = self.users.clone();
-        if users.is_empty() {
-            users = recipients.iter().map(self::why).collect();
-        }
+        let users = match &self.users[..] {
+            [] => recipients.iter().map(self::why).collect(),
+            users => users.to_vec(),
+        };
         let to: Vec<String> = recipients.iter().map(|recipient| shown(&recipient.argument)).collect();
+        let line = Line { to: to.join(","), verdicts: users.join(", "), opinion: &self.opinion, started };
+        let outcome = self.opinion.verdict().as_str();
+        let (separator, size) =
+            (if why.is_empty() { "" } else { " without message: " }, self.size.unwrap_or(0));
+        line.log(envelope, size, &format!("{outcome}{separator}{why}"));
+    }
+}
+
+fn log_refused_recipient(envelope: &Envelope, recipient: &Recipient, opinion: &Opinion, started: Instant) {
+    let line = Line { to: shown(&recipient.argument), verdicts: why(recipient), opinion, started };
+    let what = format!("{} at RCPT TO", opinion.verdict().as_str());
+    line.log(envelope, envelope.declared_size.unwrap_or(0), &what);
+}
+
+/// One line of the log. Fields are strings, which the log's writer quotes and escapes.
+struct Line<'a> {
+    to: String,
+    verdicts: String,
+    opinion: &'a Opinion,
+    started: Instant,
+}
+
+impl Line<'_> {
+    fn log(&self, envelope: &Envelope, size: u64, what: &str) {
+        let reply = self.opinion.reply().map(Reply::to_string).unwrap_or_default();
         info!(
             interface = envelope.interface.as_str(),
-            from = %format_args!("<{}>", Quoted(&envelope.sender.to_string())),
-            to = %to.join(","),
-            client = %client(&envelope.client),
-            helo = %Quoted(envelope.client.helo.as_deref().unwrap_or_default()),
-            verdicts = %users.join(", "),
+            from = shorten(&format!("<{}>", envelope.sender)),
+            to = shorten(&self.to),
+            client = shorten(&client(&envelope.client)),
+            helo = shorten(envelope.client.helo.as_deref().unwrap_or_default()),
+            verdicts = shorten(&self.verdicts),
             outcome = self.opinion.verdict().as_str(),
-            reply = %self.opinion.reply().map(Reply::to_string).as_deref().map(Quoted).unwrap_or(Quoted("")),
-            size = self.size.unwrap_or(0),
-            seconds = %format_args!("{:.3}", started.elapsed().as_secs_f64()),
-            "{}: {}{}{why}",
-            envelope.queue_id(),
-            self.opinion.verdict().as_str(),
-            if why.is_empty() { "" } else { " without message: " },
+            reply = shorten(&reply),
+            size,
+            seconds = self.started.elapsed().as_millis() as f64 / 1000.0,
+            "{}: {what}",
+            Quoted(envelope.queue_id()),
         );
     }
 }
 
-fn log_refused_recipient(
-    envelope: &Envelope,
-    argument: &RecipientArgument,
-    opinion: &Opinion,
-    why: &str,
-    started: Instant,
-) {
-    info!(
-        interface = envelope.interface.as_str(),
-        from = %format_args!("<{}>", Quoted(&envelope.sender.to_string())),
-        to = %shown(argument),
-        client = %client(&envelope.client),
-        helo = %Quoted(envelope.client.helo.as_deref().unwrap_or_default()),
-        verdicts = %Quoted(why),
-        outcome = opinion.verdict().as_str(),
-        reply = %opinion.reply().map(Reply::to_string).as_deref().map(Quoted).unwrap_or(Quoted("")),
-        size = envelope.declared_size.unwrap_or(0),
-        seconds = %format_args!("{:.3}", started.elapsed().as_secs_f64()),
-        "{}: {} at RCPT TO",
-        envelope.queue_id(),
-        opinion.verdict().as_str(),
-    );
+/// The start of a text that strangers can make long.
+fn shorten(text: &str) -> &str {
+    let end = text.char_indices().nth(MAX_FIELD_LENGTH).map_or(text.len(), |(at, _)| at);
+    &text[..end]
 }
 
 fn why(recipient: &Recipient) -> String {
     match &recipient.standing {
-        Standing::Unjudged(why) => format!("{} ({why})", shown(&recipient.argument)),
+        Standing::Unjudged(why) | Standing::Refused(_, why) => {
+            format!("{} ({why})", shown(&recipient.argument))
+        }
         Standing::Judged(judges) => {
             let each = judges.iter().map(|judge| match &judge.decided {
                 Some((opinion, by)) => format!("{}={} ({by})", judge.user.name, opinion.verdict().as_str()),
@@ -585,15 +597,22 @@ fn why(recipient: &Recipient) -> String {
     }
 }
 
+/// What a filter wrote to standard error, a line each.
+fn log_error_output(envelope: &Envelope, poll: &Poll, answer: &Answer) {
+    for line in answer.error_output.lines().filter(|line| !line.trim().is_empty()).take(MAX_ERROR_LINES) {
+        info!("{}: {} {}: {}", Quoted(envelope.queue_id()), poll.judge.user.name, poll.filter, Quoted(line));
+    }
+}
+
 fn shown(argument: &RecipientArgument) -> String {
     let raw = String::from_utf8_lossy(&argument.raw);
-    format!("<{}>", Quoted(raw.trim_start_matches('<').trim_end_matches('>')))
+    format!("<{}>", raw.trim_start_matches('<').trim_end_matches('>'))
 }
 
 fn client(client: &Client) -> String {
     let name = client.name.as_deref().unwrap_or("unknown");
     match client.address {
-        Some(address) => format!("{}[{address}]", Quoted(name)),
-        None => format!("{}[unknown]", Quoted(name)),
+        Some(address) => format!("{name}[{address}]"),
+        None => format!("{name}[unknown]"),
     }
 }

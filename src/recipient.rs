@@ -11,7 +11,7 @@ use crate::{
     verdict::{self, Opinion},
 };
 
-/// A recipient that was not refused at RCPT TO.
+/// A recipient, as far as RCPT TO decides about it.
 #[derive(Clone, Debug)]
 pub struct Recipient {
     /// As the MTA named it.
@@ -27,6 +27,8 @@ pub struct Recipient {
 pub enum Standing {
     /// Nobody: accepted, and why.
     Unjudged(String),
+    /// Nobody: refused or put off at once, and why.
+    Refused(Opinion, String),
     /// Its users.
     Judged(Vec<Judge>),
 }
@@ -58,7 +60,8 @@ impl Judge {
 
     /// Whether the user's rules look at the size, which is known for certain only at the end.
     pub fn waits_for_size(&self) -> bool {
-        self.decided.is_none() && self.holdings.rules.as_ref().is_some_and(crate::rules::Rules::depends_on_size)
+        self.decided.is_none()
+            && self.holdings.rules.as_ref().is_some_and(crate::rules::Rules::depends_on_size)
     }
 
     /// The opinion, as far as it is known without the message.
@@ -75,13 +78,16 @@ impl Recipient {
     /// The users who are asked.
     pub fn judges(&self) -> &[Judge] {
         match &self.standing {
-            Standing::Unjudged(_) => &[],
+            Standing::Unjudged(_) | Standing::Refused(..) => &[],
             Standing::Judged(judges) => judges,
         }
     }
 
     /// The recipient's opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
+        if let Standing::Refused(opinion, _) = &self.standing {
+            return Some(opinion.clone());
+        }
         let opinions: Vec<Option<Opinion>> = self.judges().iter().map(Judge::known).collect();
         combine(&opinions)
     }

@@ -47,11 +47,7 @@ impl Reply {
     }
 
     fn new(code: u16, enhanced: (u16, u16), text: &str) -> Self {
-        Self {
-            code,
-            enhanced,
-            lines: vec![text.to_owned()],
-        }
+        Self { code, enhanced, lines: vec![text.to_owned()] }
     }
 
     /// Reads `[CODE ][D.S.N ]text`, and further lines, for a reject or a defer.
@@ -63,16 +59,12 @@ impl Reply {
             Verdict::Reject => Self::default_reject(),
             Verdict::Accept | Verdict::Defer => Self::default_defer(),
         };
-        let mut lines = text
-            .split('\n')
-            .map(|line| line.strip_suffix('\r').unwrap_or(line));
+        let mut lines = text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
         let first = lines.next().unwrap_or_default().trim();
         let class = default.class();
         let (code, rest) = split_code(first);
         let (enhanced, rest) = split_enhanced(rest);
-        let code = code
-            .filter(|c| c / 100 == class && !matches!(c, 421 | 521))
-            .unwrap_or(default.code);
+        let code = code.filter(|c| c / 100 == class && !matches!(c, 421 | 521)).unwrap_or(default.code);
         let enhanced = match enhanced {
             Some((c, subject, detail)) if c == class => (subject, detail),
             _ => default.enhanced,
@@ -88,11 +80,7 @@ impl Reply {
         if lines.iter().all(String::is_empty) {
             lines = default.lines;
         }
-        Self {
-            code,
-            enhanced,
-            lines,
-        }
+        Self { code, enhanced, lines }
     }
 
     /// One reply for recipients that differ: the default codes and a line for each address, up to [`MAX_LINES`].
@@ -148,13 +136,7 @@ impl fmt::Display for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, line) in self.lines.iter().enumerate() {
             let last = n + 1 == self.lines.len();
-            write!(
-                f,
-                "{}{}{} {line}",
-                self.code,
-                if last { ' ' } else { '-' },
-                self.enhanced()
-            )?;
+            write!(f, "{}{}{} {line}", self.code, if last { ' ' } else { '-' }, self.enhanced())?;
             if !last {
                 f.write_str("\n")?;
             }
@@ -184,12 +166,7 @@ fn split_enhanced(text: &str) -> (Option<(u16, u16, u16)>, &str) {
         plain.then(|| part.parse().ok())?
     };
     let mut parts = word.split('.').map(number);
-    match (
-        parts.next().flatten(),
-        parts.next().flatten(),
-        parts.next().flatten(),
-        parts.next(),
-    ) {
+    match (parts.next().flatten(), parts.next().flatten(), parts.next().flatten(), parts.next()) {
         (Some(class @ (2 | 4 | 5)), Some(subject), Some(detail), None) => {
             (Some((class, subject, detail)), rest.trim_start())
         }
@@ -261,10 +238,7 @@ mod tests {
     #[test]
     fn codes_that_close_the_connection_are_refused() {
         assert_eq!(reject("521 5.3.2 go away"), "550 5.3.2 go away");
-        assert_eq!(
-            Reply::from_text(Verdict::Defer, "421 later", false).to_string(),
-            "451 4.7.1 later"
-        );
+        assert_eq!(Reply::from_text(Verdict::Defer, "421 later", false).to_string(), "451 4.7.1 later");
     }
 
     #[test]
@@ -291,22 +265,15 @@ mod tests {
     #[test]
     fn text_beyond_ascii_needs_smtputf8() {
         assert_eq!(reject("nein, böse"), "550 5.7.1 nein, b?se");
-        assert_eq!(
-            Reply::from_text(Verdict::Reject, "böse", true).to_string(),
-            "550 5.7.1 böse"
-        );
-        assert_eq!(
-            Reply::from_text(Verdict::Reject, "a\u{202e}b", true).to_string(),
-            "550 5.7.1 a?b"
-        );
+        assert_eq!(Reply::from_text(Verdict::Reject, "böse", true).to_string(), "550 5.7.1 böse");
+        assert_eq!(Reply::from_text(Verdict::Reject, "a\u{202e}b", true).to_string(), "550 5.7.1 a?b");
     }
 
     #[test]
     fn many_recipients_are_summed_up() {
         let reply = Reply::default_reject();
-        let addresses: Vec<_> = (0..40)
-            .map(|n| Address::parse(format!("u{n}@x.example").as_bytes()).unwrap())
-            .collect();
+        let addresses: Vec<_> =
+            (0..40).map(|n| Address::parse(format!("u{n}@x.example").as_bytes()).unwrap()).collect();
         let pairs: Vec<_> = addresses.iter().map(|a| (a, &reply)).collect();
         let all = Reply::per_recipient(Verdict::Reject, &pairs);
         assert_eq!(all.lines.len(), MAX_LINES);

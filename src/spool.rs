@@ -63,7 +63,9 @@ impl Spool {
     /// An empty message. `expected_size` (SIZE= of the client) saves moving a large one from memory to disk.
     pub fn new(settings: SpoolSettings, expected_size: Option<u64>) -> io::Result<Self> {
         let store = match expected_size {
-            Some(size) if size > settings.memory_limit => Some(Store::Disk(unlinked_file(&settings.directory)?)),
+            Some(size) if size > settings.memory_limit => {
+                Some(Store::Disk(unlinked_file(&settings.directory)?))
+            }
             _ => None,
         };
         Ok(Self { settings, buffer: Vec::new(), store, written: 0, pending_cr: false })
@@ -174,7 +176,9 @@ impl Spool {
                 Store::Disk(moved_to_disk(memory, &self.settings.directory)?)
             }
             Some(store) => store,
-            None if size > self.settings.memory_limit => Store::Disk(unlinked_file(&self.settings.directory)?),
+            None if size > self.settings.memory_limit => {
+                Store::Disk(unlinked_file(&self.settings.directory)?)
+            }
             None => Store::Memory(memory_file()?),
         };
         match self.store.insert(store) {
@@ -207,7 +211,8 @@ fn memory_file() -> io::Result<File> {
 }
 
 fn seal(file: &File) -> io::Result<()> {
-    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    let seals =
+        SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
     Ok(())
 }
@@ -287,7 +292,10 @@ mod tests {
             let message = spool.finish().unwrap();
             assert!(File::from(message.open().unwrap()).write_all(b"x").is_err());
             if limit > 1 {
-                assert!(message.file.try_clone().unwrap().write_all(b"x").is_err(), "sealed against its owner too");
+                assert!(
+                    message.file.try_clone().unwrap().write_all(b"x").is_err(),
+                    "sealed against its owner too"
+                );
             }
         }
     }
@@ -297,7 +305,8 @@ mod tests {
         let mut spool = Spool::new(settings(LineEndings::Lf, 1 << 20), None).unwrap();
         spool.body(b"message").unwrap();
         let message = spool.finish().unwrap();
-        let (mut first, mut second) = (File::from(message.open().unwrap()), File::from(message.open().unwrap()));
+        let (mut first, mut second) =
+            (File::from(message.open().unwrap()), File::from(message.open().unwrap()));
         first.read_exact(&mut [0; 5]).unwrap();
         let mut bytes = Vec::new();
         second.read_to_end(&mut bytes).unwrap();

@@ -17,9 +17,13 @@ use nix::{
     },
     unistd::{ForkResult, Pid},
 };
+use tokio::io::unix::AsyncFd;
 
 /// Most descriptors that travel with one message.
 pub const MAX_DESCRIPTORS: usize = 4;
+
+/// Most that the kernel lets travel (unix(7)).
+const SCM_MAX_FD: usize = 253;
 
 /// Forks, and runs `child` in the child, which never returns from it; gives the child's pid to the parent.
 ///
@@ -141,7 +145,8 @@ pub struct Received {
 ///
 /// As recvmsg(2); EAGAIN if the socket does not block and has nothing.
 pub fn receive_with_descriptors(socket: impl AsFd, buffer: &mut [u8]) -> nix::Result<Received> {
-    let mut control = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    // Room for as many as the kernel passes at most: what does not fit would be open, and known to nobody.
+    let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(
         socket.as_fd().as_raw_fd(),
@@ -150,7 +155,6 @@ pub fn receive_with_descriptors(socket: impl AsFd, buffer: &mut [u8]) -> nix::Re
         MsgFlags::MSG_CMSG_CLOEXEC,
     )?;
     let mut descriptors = Vec::new();
-    // With MSG_CTRUNC the kernel has closed what did not fit; the header that it wrote is still well-formed.
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = part {
             // SAFETY: the kernel just made these descriptors for us; nothing else owns them.
@@ -159,9 +163,20 @@ pub fn receive_with_descriptors(socket: impl AsFd, buffer: &mut [u8]) -> nix::Re
     }
     Ok(Received {
         length: message.bytes,
+        truncated: message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC)
+            || descriptors.len() > MAX_DESCRIPTORS,
         descriptors,
-        truncated: message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC),
     })
+}
+
+/// Registers a descriptor with the runtime.
+///
+/// # Errors
+///
+/// As epoll_ctl(2).
+pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is open and stays the same descriptor until it is dropped, which the `AsyncFd` does.
+    unsafe { AsyncFd::register(descriptor) }.map_err(|error| error.into_parts().1)
 }
 
 /// Opens anew, for reading, the file behind a descriptor: with an offset of its own and no right to write.

@@ -26,14 +26,8 @@ impl TryFrom<String> for UserName {
         let bad = name.is_empty()
             || name.len() > MAX_NAME_LENGTH
             || name.starts_with(['-', '+', '.'])
-            || name
-                .chars()
-                .any(|c| c.is_control() || matches!(c, '/' | ':' | ' '));
-        if bad {
-            Err(format!("{name:?} is no user name"))
-        } else {
-            Ok(Self(name))
-        }
+            || name.chars().any(|c| c.is_control() || matches!(c, '/' | ':' | ' '));
+        if bad { Err(format!("{name:?} is no user name")) } else { Ok(Self(name)) }
     }
 }
 

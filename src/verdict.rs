@@ -94,11 +94,7 @@ pub fn of_transaction(recipients: &[(&Address, &Opinion)]) -> Opinion {
     if recipients.is_empty() || has(Verdict::Accept) {
         return Opinion::Accept;
     }
-    let class = if has(Verdict::Defer) {
-        Verdict::Defer
-    } else {
-        Verdict::Reject
-    };
+    let class = if has(Verdict::Defer) { Verdict::Defer } else { Verdict::Reject };
     let replies: Vec<(&Address, &Reply)> = recipients
         .iter()
         .filter(|(_, opinion)| opinion.verdict() == class)
@@ -122,9 +118,7 @@ pub fn of_transaction(recipients: &[(&Address, &Opinion)]) -> Opinion {
 ///
 /// Only an accept settles it: whatever the others say, the mail is let in.
 pub fn is_settled<'a>(recipients: impl IntoIterator<Item = Option<&'a Opinion>>) -> bool {
-    recipients
-        .into_iter()
-        .any(|opinion| matches!(opinion, Some(Opinion::Accept)))
+    recipients.into_iter().any(|opinion| matches!(opinion, Some(Opinion::Accept)))
 }
 
 #[cfg(test)]
@@ -141,9 +135,7 @@ mod tests {
     }
 
     fn addresses(count: usize) -> Vec<Address> {
-        (0..count)
-            .map(|n| Address::parse(format!("user{n}@example.org").as_bytes()).unwrap())
-            .collect()
+        (0..count).map(|n| Address::parse(format!("user{n}@example.org").as_bytes()).unwrap()).collect()
     }
 
     fn naive(verdicts: &[Verdict]) -> Verdict {
@@ -218,9 +210,6 @@ mod tests {
         let addresses = addresses(2);
         let no = Opinion::Reject(Reply::from_text(Verdict::Reject, "no", false));
         let later = Opinion::Defer(Reply::from_text(Verdict::Defer, "later", false));
-        assert_eq!(
-            of_transaction(&[(&addresses[0], &no), (&addresses[1], &later)]),
-            later
-        );
+        assert_eq!(of_transaction(&[(&addresses[0], &no), (&addresses[1], &later)]), later);
     }
 }

@@ -100,12 +100,7 @@ pub enum Unknown {
 
 /// `[[resolver]]`
 #[derive(Clone, Debug, Deserialize)]
-#[serde(
-    tag = "type",
-    rename_all = "kebab-case",
-    rename_all_fields = "kebab-case",
-    deny_unknown_fields
-)]
+#[serde(tag = "type", rename_all = "kebab-case", rename_all_fields = "kebab-case", deny_unknown_fields)]
 pub enum ResolverConfig {
     /// The host's users, through NSS (getpwnam(3)).
     Passwd {
@@ -266,10 +261,7 @@ impl Config {
         match fs::read_to_string(file) {
             Ok(text) => Self::parse(&text, file),
             Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => Self::parse("", file),
-            Err(source) => Err(ConfigError::Read {
-                path: file.into(),
-                source,
-            }),
+            Err(source) => Err(ConfigError::Read { path: file.into(), source }),
         }
     }
 
@@ -309,13 +301,9 @@ impl Default for Server {
 
 impl Default for Recipients {
     fn default() -> Self {
-        let host = nix::unistd::gethostname()
-            .ok()
-            .and_then(|name| name.into_string().ok());
-        let mut domains: Vec<String> = host
-            .and_then(|h| crate::address::normalize_domain(&h))
-            .into_iter()
-            .collect();
+        let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+        let mut domains: Vec<String> =
+            host.and_then(|h| crate::address::normalize_domain(&h)).into_iter().collect();
         domains.push("localhost".into());
         Self {
             domains,
@@ -325,10 +313,7 @@ impl Default for Recipients {
             virtual_aliases: Vec::new(),
             exempt: vec!["postmaster".into(), "abuse".into()],
             unknown: Unknown::Pass,
-            trusted_networks: ["127.0.0.0/8", "::1"]
-                .iter()
-                .filter_map(|n| n.parse().ok())
-                .collect(),
+            trusted_networks: ["127.0.0.0/8", "::1"].iter().filter_map(|n| n.parse().ok()).collect(),
             judge_authenticated: false,
         }
     }
@@ -360,10 +345,7 @@ impl Default for Filter {
             max_open_files: 256,
             max_file_size: ByteSize(100 << 20),
             max_user_processes: 64,
-            virtual_uids: IdRange {
-                first: 5000,
-                last: 5999,
-            },
+            virtual_uids: IdRange { first: 5000, last: 5999 },
             virtual_homes: vec!["/var/vmail".into()],
             min_uid: min_uid(),
             line_endings: LineEndings::Lf,
@@ -374,18 +356,13 @@ impl Default for Filter {
 
 impl Default for Verdicts {
     fn default() -> Self {
-        Self {
-            mixed: Mixed::Deliver,
-        }
+        Self { mixed: Mixed::Deliver }
     }
 }
 
 impl Default for Log {
     fn default() -> Self {
-        Self {
-            level: LogLevel::Info,
-            format: LogFormat::Text,
-        }
+        Self { level: LogLevel::Info, format: LogFormat::Text }
     }
 }
 
@@ -406,15 +383,11 @@ fn domains<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<Stri
 
 fn relative_path<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     let path = PathBuf::deserialize(deserializer)?;
-    let plain = path
-        .components()
-        .all(|c| matches!(c, std::path::Component::Normal(_)));
+    let plain = path.components().all(|c| matches!(c, std::path::Component::Normal(_)));
     if plain && path.components().next().is_some() {
         Ok(path)
     } else {
-        Err(serde::de::Error::custom(
-            "expected a path below the user's home, without \"..\"",
-        ))
+        Err(serde::de::Error::custom("expected a path below the user's home, without \"..\""))
     }
 }
 
@@ -422,10 +395,9 @@ fn absolute_paths<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<V
     let paths = Vec::<PathBuf>::deserialize(deserializer)?;
     match paths.iter().find(|path| !path.is_absolute()) {
         None => Ok(paths),
-        Some(path) => Err(serde::de::Error::custom(format!(
-            "\"{}\": expected an absolute path",
-            path.display()
-        ))),
+        Some(path) => {
+            Err(serde::de::Error::custom(format!("\"{}\": expected an absolute path", path.display())))
+        }
     }
 }
 
@@ -435,9 +407,9 @@ fn exit_status<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<BTre
         .into_iter()
         .map(|(status, verdict)| match status.parse() {
             Ok(status) => Ok((status, verdict)),
-            Err(_) => Err(serde::de::Error::custom(format!(
-                "\"{status}\" is no exit status: expected 0 to 255"
-            ))),
+            Err(_) => {
+                Err(serde::de::Error::custom(format!("\"{status}\" is no exit status: expected 0 to 255")))
+            }
         })
         .collect()
 }
@@ -447,9 +419,7 @@ mod tests {
     use super::*;
 
     fn fault(text: &str) -> String {
-        Config::parse(text, Path::new("usermilter.toml"))
-            .unwrap_err()
-            .to_string()
+        Config::parse(text, Path::new("usermilter.toml")).unwrap_err().to_string()
     }
 
     #[test]
@@ -478,14 +448,9 @@ mod tests {
 
     #[test]
     fn exit_statuses_can_be_overridden() {
-        let config = Config::parse(
-            "[filter]\nexit-status = { 1 = \"reject\", 2 = \"defer\" }",
-            Path::new("x"),
-        )
-        .unwrap();
-        assert_eq!(
-            config.filter.exit_status,
-            BTreeMap::from([(1, Verdict::Reject), (2, Verdict::Defer)])
-        );
+        let config =
+            Config::parse("[filter]\nexit-status = { 1 = \"reject\", 2 = \"defer\" }", Path::new("x"))
+                .unwrap();
+        assert_eq!(config.filter.exit_status, BTreeMap::from([(1, Verdict::Reject), (2, Verdict::Defer)]));
     }
 }

@@ -23,7 +23,7 @@ const SETID: u32 = 0o6000;
 
 /// Why a file is not executed.
 #[derive(Debug, thiserror::Error)]
-pub enum CheckError {
+pub(super) enum CheckError {
     /// There is none.
     #[error("no such file")]
     Missing,
@@ -54,7 +54,7 @@ impl CheckError {
 /// # Errors
 ///
 /// [`CheckError`], with the path on which the check failed.
-pub fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
+pub(super) fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
     match fs::symlink_metadata(path) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             return Err(CheckError::Missing);
@@ -64,7 +64,8 @@ pub fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
     }
     let real = fs::canonicalize(path).map_err(|error| CheckError::system(path, error))?;
     for directory in real.ancestors().skip(1) {
-        let metadata = fs::symlink_metadata(directory).map_err(|error| CheckError::system(directory, error))?;
+        let metadata =
+            fs::symlink_metadata(directory).map_err(|error| CheckError::system(directory, error))?;
         check_directory(directory, &metadata, uid)?;
     }
     // O_PATH: looking at a FIFO or a device must neither wait nor have an effect.
@@ -108,7 +109,10 @@ fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
     if owner == uid || owner == 0 {
         Ok(())
     } else {
-        Err(CheckError::failed(path, format!("owned by uid {owner}, neither by the user (uid {uid}) nor by root")))
+        Err(CheckError::failed(
+            path,
+            format!("owned by uid {owner}, neither by the user (uid {uid}) nor by root"),
+        ))
     }
 }
 
@@ -117,7 +121,7 @@ fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
 /// # Errors
 ///
 /// [`CheckError`] if it is no regular file, can't be read, is longer than `limit` bytes, or not UTF-8.
-pub fn read_text(path: &Path, limit: u64) -> Result<Option<String>, CheckError> {
+pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, CheckError> {
     use std::{fs::OpenOptions, io::Read, os::unix::fs::OpenOptionsExt};
     let file = match OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

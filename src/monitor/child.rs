@@ -31,7 +31,7 @@ use nix::{
 
 use super::{
     checks::{self, CheckError},
-    wire::{self, FilterFile, Inspection, Phase, Report, RulesSource, Variable},
+    wire::{self, FilterFile, Inspection, Phase, Refusal, Report, RulesSource, Variable},
 };
 use crate::{
     config::Filter,
@@ -96,7 +96,7 @@ impl Child<'_> {
         });
         let (report_text, status) = match outcome {
             Ok(inspection) => (Report::Inspection(inspection), 0),
-            Err(refusal) => (refusal, NOT_RUN),
+            Err(refusal) => (Report::Refusal(refusal), NOT_RUN),
         };
         send(report, &report_text);
         status
@@ -105,11 +105,11 @@ impl Child<'_> {
     /// Becomes the user's filter. Returns only if it could not, with the exit status.
     pub(super) fn run(&self, run: &Run<'_>, report: &OwnedFd) -> i32 {
         let Err(refusal) = self.try_run(run);
-        send(report, &refusal);
+        send(report, &Report::Refusal(refusal));
         NOT_RUN
     }
 
-    fn try_run(&self, run: &Run<'_>) -> Result<std::convert::Infallible, Report> {
+    fn try_run(&self, run: &Run<'_>) -> Result<std::convert::Infallible, Refusal> {
         if let Some(message) = run.stdin {
             check_message(message)?;
         }
@@ -120,7 +120,7 @@ impl Child<'_> {
         }
         umask(Mode::S_IRWXG | Mode::S_IRWXO);
         chdir(&identity.home)
-            .map_err(|e| Report::Refused(format!("home {}: {}", identity.home.display(), e.desc())))?;
+            .map_err(|e| Refusal::Check(format!("home {}: {}", identity.home.display(), e.desc())))?;
         let filter = self.find_filter(&identity, run)?;
         let filter = CString::new(filter.as_os_str().as_bytes()).map_err(|e| refused("path of filter", e))?;
         let environment = environment(&identity, run.variables);
@@ -139,12 +139,12 @@ impl Child<'_> {
                 nix::errno::Errno::ENOEXEC => " (a script needs a #! line)",
                 _ => "",
             };
-            Report::Refused(format!("{}: cannot be executed: {}{hint}", filter.to_string_lossy(), e.desc()))
+            Refusal::Check(format!("{}: cannot be executed: {}{hint}", filter.to_string_lossy(), e.desc()))
         })
     }
 
     /// Every privilege goes, for good, before anything of the user's is touched.
-    fn become_user(&self, user: &User) -> Result<Identity, Report> {
+    fn become_user(&self, user: &User) -> Result<Identity, Refusal> {
         let identity = self.identify(user)?;
         setsid().map_err(|e| refused("setsid", e))?;
         let (uid, mut gid) = (identity.uid, identity.gid);
@@ -160,31 +160,37 @@ impl Child<'_> {
         // After the change of uid, which clears it. The signal goes to a process that may ignore all others.
         prctl::set_pdeathsig(Signal::SIGKILL).map_err(|e| refused("prctl(PR_SET_PDEATHSIG)", e))?;
         if getppid() != self.monitor {
-            return Err(Report::Refused("the monitor is gone".into()));
+            return Err(Refusal::Check("the monitor is gone".into()));
         }
         self.check_home(user, &identity)?;
         Ok(identity)
     }
 
     /// Looks the user up and refuses whoever no filter may run as.
-    fn identify(&self, user: &User) -> Result<Identity, Report> {
+    fn identify(&self, user: &User) -> Result<Identity, Refusal> {
         let name = user.name.as_str();
         let identity = match &user.account {
             Account::Passwd => {
                 let entry = unistd::User::from_name(name)
                     .map_err(|e| refused("user database (getpwnam)", e))?
-                    .ok_or(Report::NoUser)?;
+                    .ok_or(Refusal::NoUser)?;
                 let c_name = CString::new(entry.name.as_str()).map_err(|e| refused("user name", e))?;
                 let groups = getgrouplist(&c_name, entry.gid).map_err(|e| refused("getgrouplist", e))?;
                 Identity { name: entry.name, uid: entry.uid, gid: entry.gid, groups, home: entry.dir }
             }
             Account::Virtual { uid, gid, home } => {
                 let gid = Gid::from_raw(*gid);
-                Identity { name: name.into(), uid: Uid::from_raw(*uid), gid, groups: vec![gid], home: home.clone() }
+                Identity {
+                    name: name.into(),
+                    uid: Uid::from_raw(*uid),
+                    gid,
+                    groups: vec![gid],
+                    home: home.clone(),
+                }
             }
         };
         let (uid, gid) = (identity.uid.as_raw(), identity.gid.as_raw());
-        let no = |why: String| Err(Report::Refused(format!("user {name} (uid {uid}): {why}")));
+        let no = |why: String| Err(Refusal::Check(format!("user {name} (uid {uid}): {why}")));
         if uid == 0 || uid < self.settings.min_uid || uid == u32::MAX {
             return no(format!("no filter runs below filter.min-uid = {}", self.settings.min_uid));
         }
@@ -198,9 +204,13 @@ impl Child<'_> {
         if let Account::Virtual { .. } = user.account {
             let range = self.settings.virtual_uids;
             if own.is_root() && !(range.contains(uid) && range.contains(gid)) {
-                return no(format!("uid or gid {gid} outside filter.virtual-uids [{}, {}]", range.first, range.last));
+                return no(format!(
+                    "uid or gid {gid} outside filter.virtual-uids [{}, {}]",
+                    range.first, range.last
+                ));
             }
-            let plain = identity.home.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+            let plain =
+                identity.home.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
             if !plain || !is_below(&identity.home, &self.settings.virtual_homes) {
                 return no(format!("home {} outside filter.virtual-homes", identity.home.display()));
             }
@@ -210,19 +220,23 @@ impl Child<'_> {
 
     /// A virtual user's home may be reached through links, but not out of `virtual-homes`. Asked as the user, for
     /// whom nothing is lost by looking.
-    fn check_home(&self, user: &User, identity: &Identity) -> Result<(), Report> {
+    fn check_home(&self, user: &User, identity: &Identity) -> Result<(), Refusal> {
         let (Account::Virtual { .. }, Ok(real)) = (&user.account, fs::canonicalize(&identity.home)) else {
             return Ok(());
         };
-        let roots: Vec<PathBuf> = self.settings.virtual_homes.iter().filter_map(|p| fs::canonicalize(p).ok()).collect();
+        let roots: Vec<PathBuf> =
+            self.settings.virtual_homes.iter().filter_map(|p| fs::canonicalize(p).ok()).collect();
         if is_below(&real, &roots) {
             Ok(())
         } else {
-            Err(Report::Refused(format!("home {} leads outside filter.virtual-homes", identity.home.display())))
+            Err(Refusal::Check(format!(
+                "home {} leads outside filter.virtual-homes",
+                identity.home.display()
+            )))
         }
     }
 
-    fn limit_resources(&self) -> Result<(), Report> {
+    fn limit_resources(&self) -> Result<(), Refusal> {
         let s = self.settings;
         for (resource, limit) in [
             (Resource::RLIMIT_CORE, 0),
@@ -239,19 +253,19 @@ impl Child<'_> {
         Ok(())
     }
 
-    fn find_filter(&self, identity: &Identity, run: &Run<'_>) -> Result<PathBuf, Report> {
+    fn find_filter(&self, identity: &Identity, run: &Run<'_>) -> Result<PathBuf, Refusal> {
         let directory = identity.home.join(&self.settings.directory);
         for name in run.phase.candidates(run.extension) {
             match checks::executable(&directory.join(name), identity.uid.as_raw()) {
                 Err(CheckError::Missing) => (),
-                Err(failed) => return Err(Report::Refused(failed.to_string())),
+                Err(failed) => return Err(Refusal::Check(failed.to_string())),
                 Ok(path) => return Ok(path),
             }
         }
-        Err(Report::NoFilter)
+        Err(Refusal::NoFilter)
     }
 
-    fn find_files(&self, identity: &Identity, inspection: &mut Inspection) -> Result<(), Report> {
+    fn find_files(&self, identity: &Identity, inspection: &mut Inspection) -> Result<(), Refusal> {
         let directory = identity.home.join(&self.settings.directory);
         let entries = match fs::read_dir(&directory) {
             // No directory, or none that the user can read: the user has nothing.
@@ -259,7 +273,9 @@ impl Child<'_> {
             Ok(entries) => entries,
         };
         for entry in entries.filter_map(Result::ok) {
-            let Ok(name) = entry.file_name().into_string() else { continue };
+            let Ok(name) = entry.file_name().into_string() else {
+                continue;
+            };
             if name == "log" {
                 inspection.log = true;
             } else if is_filter_name(&name) && inspection.filters.len() < MAX_FILTERS {
@@ -282,7 +298,9 @@ impl Child<'_> {
 
 /// The rules file and what it names, read as the user: the child decides which files, by the text itself.
 fn read_rules(directory: &Path) -> Result<Option<RulesSource>, CheckError> {
-    let Some(text) = checks::read_text(&directory.join("rules.toml"), MAX_RULES_LENGTH)? else { return Ok(None) };
+    let Some(text) = checks::read_text(&directory.join("rules.toml"), MAX_RULES_LENGTH)? else {
+        return Ok(None);
+    };
     let mut left = MAX_SENDER_FILES_LENGTH;
     let mut sender_files = Vec::new();
     for name in Rules::sender_file_names(&text) {
@@ -307,23 +325,23 @@ fn is_below(path: &Path, roots: &[PathBuf]) -> bool {
 }
 
 /// The old ids must be gone from every slot, and an attempt to get root back must fail.
-fn prove_dropped(uid: Uid, gid: Gid) -> Result<(), Report> {
+fn prove_dropped(uid: Uid, gid: Gid) -> Result<(), Refusal> {
     let uids = getresuid().map_err(|e| refused("getresuid", e))?;
     let gids = getresgid().map_err(|e| refused("getresgid", e))?;
     let all_uids = [uids.real, uids.effective, uids.saved].iter().all(|id| *id == uid);
     let all_gids = [gids.real, gids.effective, gids.saved].iter().all(|id| *id == gid);
     if !all_uids || !all_gids {
-        return Err(Report::Refused("ids differ from those of the user".into()));
+        return Err(Refusal::Check("ids differ from those of the user".into()));
     }
     let (root_uid, root_gid) = (Uid::from_raw(0), Gid::from_raw(0));
     if setresuid(root_uid, root_uid, root_uid).is_ok() || setresgid(root_gid, root_gid, root_gid).is_ok() {
-        return Err(Report::Refused("privileges could be regained after setresuid".into()));
+        return Err(Refusal::Check("privileges could be regained after setresuid".into()));
     }
     Ok(())
 }
 
 /// Whatever the worker says, a filter reads an anonymous regular file that this descriptor can't write.
-fn check_message(message: &OwnedFd) -> Result<(), Report> {
+fn check_message(message: &OwnedFd) -> Result<(), Refusal> {
     let stat = fstat(message).map_err(|e| refused("fstat of message", e))?;
     let flags = fcntl(message.as_fd(), FcntlArg::F_GETFL).map_err(|e| refused("fcntl of message", e))?;
     let regular = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
@@ -331,7 +349,7 @@ fn check_message(message: &OwnedFd) -> Result<(), Report> {
     if regular && read_only && stat.st_nlink == 0 {
         Ok(())
     } else {
-        Err(Report::Refused("the message is not an anonymous read-only file".into()))
+        Err(Refusal::Check("the message is not an anonymous read-only file".into()))
     }
 }
 
@@ -347,8 +365,8 @@ fn environment(identity: &Identity, variables: &[(Variable, String)]) -> Vec<CSt
         .collect()
 }
 
-fn refused(what: &str, error: impl std::fmt::Display) -> Report {
-    Report::Refused(format!("{what}: {error}"))
+fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
+    Refusal::Check(format!("{what}: {error}"))
 }
 
 /// The worker may be gone; then nobody misses the report.
@@ -377,7 +395,7 @@ mod tests {
         let user = User { name: UserName::try_from(user.to_owned()).unwrap(), account };
         match child.identify(&user) {
             Ok(identity) => format!("{} allowed", identity.uid),
-            Err(Report::Refused(why)) => why,
+            Err(Refusal::Check(why)) => why,
             Err(other) => format!("{other:?}"),
         }
     }

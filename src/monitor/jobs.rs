@@ -93,7 +93,9 @@ impl Jobs {
         let (id, time_limit, forked) = match request {
             Request::Ready => return Err(BadRequest::NoJob),
             Request::Inspect { job, user } => {
-                let [report] = descriptors else { return Err(BadRequest::Descriptors(descriptors.len())) };
+                let [report] = descriptors else {
+                    return Err(BadRequest::Descriptors(descriptors.len()));
+                };
                 (*job, INSPECT_TIME_LIMIT, fork_job(|| child.inspect(user, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
@@ -102,8 +104,15 @@ impl Jobs {
                     [stdout, stderr, report] => (None, stdout, stderr, report),
                     _ => return Err(BadRequest::Descriptors(descriptors.len())),
                 };
-                let run =
-                    Run { user, phase: *phase, extension: extension.as_deref(), variables, stdin, stdout, stderr };
+                let run = Run {
+                    user,
+                    phase: *phase,
+                    extension: extension.as_deref(),
+                    variables,
+                    stdin,
+                    stdout,
+                    stderr,
+                };
                 let time_limit = Duration::from_millis(*time_limit).min(settings.timeout.0);
                 (*job, time_limit, fork_job(|| child.run(&run, report)))
             }
@@ -162,7 +171,8 @@ impl Jobs {
     /// Begins to end the jobs of a worker that is gone.
     pub(super) fn end_of_worker(&mut self, worker: WorkerId) {
         let now = Instant::now();
-        for job in self.running.values_mut().filter(|job| job.worker == worker && job.stage == Stage::Running) {
+        for job in self.running.values_mut().filter(|job| job.worker == worker && job.stage == Stage::Running)
+        {
             job.deadline = now;
         }
         self.enforce_deadlines(now);

@@ -17,6 +17,6 @@ mod wire;
 pub use sockets::BindError;
 pub use supervise::{MonitorError, serve};
 pub use wire::{
-    End, Event, FilterFile, Inspection, JobId, MAX_PACKET, MAX_REPORT, Malformed, Phase, Report, Request, RulesSource, Variable,
-    decode, encode,
+    End, Event, FilterFile, Inspection, JobId, MAX_PACKET, MAX_REPORT, Malformed, Phase, Refusal, Report,
+    Request, RulesSource, Variable, decode, encode,
 };

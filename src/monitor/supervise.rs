@@ -237,7 +237,9 @@ impl Monitor {
         self.jobs.end_of_worker(worker.id);
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
-            Role::Candidate => error!(pid = %worker.pid, ?status, "new worker failed; the configuration stays as it was"),
+            Role::Candidate => {
+                error!(pid = %worker.pid, ?status, "new worker failed; the configuration stays as it was")
+            }
             Role::Serving if self.stopping.is_some() => (),
             Role::Serving if !self.served => return Err(MonitorError::Worker),
             Role::Serving => {
@@ -267,7 +269,9 @@ impl Monitor {
     }
 
     fn worker_ready(&mut self, id: WorkerId) {
-        let Some(at) = self.workers.iter().position(|worker| worker.id == id) else { return };
+        let Some(at) = self.workers.iter().position(|worker| worker.id == id) else {
+            return;
+        };
         self.served = true;
         let settings = Arc::clone(&self.workers[at].settings);
         if self.workers[at].role == Role::Candidate {
@@ -327,14 +331,15 @@ impl Monitor {
         if self.stopping.is_some() {
             return;
         }
-        let outcome = Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
-            let listeners = Listeners::bind(&config.server, &self.listeners)?;
-            for old in self.workers.iter().filter(|worker| worker.role == Role::Candidate) {
-                // A newer configuration than the one it was started with: it must not win the race.
-                let _ = kill(old.pid, Signal::SIGKILL);
-            }
-            self.start_worker(Arc::new(config), listeners, Role::Candidate)
-        });
+        let outcome =
+            Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
+                let listeners = Listeners::bind(&config.server, &self.listeners)?;
+                for old in self.workers.iter().filter(|worker| worker.role == Role::Candidate) {
+                    // A newer configuration than the one it was started with: it must not win the race.
+                    let _ = kill(old.pid, Signal::SIGKILL);
+                }
+                self.start_worker(Arc::new(config), listeners, Role::Candidate)
+            });
         match outcome {
             Ok(()) => info!("reloading: new worker started"),
             Err(error) => {
@@ -361,7 +366,12 @@ impl Monitor {
         }
     }
 
-    fn start_worker(&mut self, settings: Arc<Config>, listeners: Listeners, role: Role) -> Result<(), MonitorError> {
+    fn start_worker(
+        &mut self,
+        settings: Arc<Config>,
+        listeners: Listeners,
+        role: Role,
+    ) -> Result<(), MonitorError> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (channel, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
             .map_err(system("socketpair"))?;
@@ -400,8 +410,10 @@ impl Monitor {
     /// In a forked worker: closes what belongs to the monitor and to other workers.
     fn forget_all_but(&self, listeners: &Listeners) {
         let kept: Vec<RawFd> = listeners.all().map(|l| l.descriptor.as_raw_fd()).collect();
-        let others = self.workers.iter().flat_map(|worker| worker.listeners.all()).chain(self.listeners.all());
-        let mut closed: Vec<RawFd> = others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
+        let others =
+            self.workers.iter().flat_map(|worker| worker.listeners.all()).chain(self.listeners.all());
+        let mut closed: Vec<RawFd> =
+            others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
         closed.extend(self.workers.iter().map(|worker| worker.channel.as_raw_fd()));
         closed.push(self.signals.as_fd().as_raw_fd());
         closed.sort_unstable();
@@ -468,7 +480,9 @@ impl Worker {
             if let Request::Ready = request {
                 self.ready = true;
                 *became_ready = Some(self.id);
-            } else if let Some(failed) = jobs.start(self.id, &request, &received.descriptors, &self.settings.filter)? {
+            } else if let Some(failed) =
+                jobs.start(self.id, &request, &received.descriptors, &self.settings.filter)?
+            {
                 let event = Event::Finished { job: failed.id, end: failed.end, elapsed: 0 };
                 self.send(&event);
             }

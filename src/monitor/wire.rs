@@ -173,14 +173,21 @@ impl Variable {
 /// What a job's child says for itself, as long as it has not become the filter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Report {
+    /// Why the job was not done.
+    Refusal(Refusal),
+    /// What the user has.
+    Inspection(Inspection),
+}
+
+/// Why a filter was not run, or a user not inspected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
     /// The user has no such filter any more.
     NoFilter,
     /// No such user.
     NoUser,
-    /// The filter was not run, or the user not inspected: which check failed on what.
-    Refused(String),
-    /// What the user has.
-    Inspection(Inspection),
+    /// Which check failed on what.
+    Check(String),
 }
 
 /// What a user has in the filter directory.

@@ -11,7 +11,7 @@ use tokio_util::{
 pub const MAX_REQUEST_LENGTH: usize = 64 * 1024;
 
 /// Most attributes of a request; Postfix 3.9 sends 30.
-pub const MAX_ATTRIBUTES: usize = 200;
+pub(super) const MAX_ATTRIBUTES: usize = 200;
 
 /// A request: attributes in the order in which they came.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -134,7 +134,9 @@ mod tests {
 
     #[test]
     fn what_is_no_request_is_an_error() {
-        for bytes in [&b"nonsense\n\n"[..], b"=x\n\n", b"a=\xff\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"] {
+        for bytes in
+            [&b"nonsense\n\n"[..], b"=x\n\n", b"a=\xff\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"]
+        {
             assert!(matches!(decode_in_pieces(bytes, &[]).1, Some(CodecError::Malformed)), "{bytes:?}");
         }
         let long = vec![b'a'; MAX_REQUEST_LENGTH + 1];

@@ -7,8 +7,8 @@ mod codec;
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::{SinkExt, StreamExt};
 pub use codec::{CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
+use futures_util::{SinkExt, StreamExt};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::watch,
@@ -22,8 +22,8 @@ use crate::{
     logging::{Chain, Quoted},
     pipeline::Pipeline,
     reply::Reply,
-    verdict::Opinion,
     transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
+    verdict::Opinion,
     worker::Drain,
 };
 
@@ -90,11 +90,16 @@ async fn answer(pipeline: &Pipeline, request: &Request) -> Option<String> {
     if request.get("protocol_state") != Some("RCPT") {
         return Some(DUNNO.to_owned());
     }
-    let Some(recipient) = request.get("recipient") else { return Some(DUNNO.to_owned()) };
+    let Some(recipient) = request.get("recipient") else {
+        return Some(DUNNO.to_owned());
+    };
     let sender = match Sender::parse(request.get("sender").unwrap_or_default().as_bytes()) {
         Ok(sender) => sender,
         Err(error) => {
-            warn!("NOQUEUE: sender \"{}\" is not judged: {error}", Quoted(request.get("sender").unwrap_or_default()));
+            warn!(
+                "NOQUEUE: sender \"{}\" is not judged: {error}",
+                Quoted(request.get("sender").unwrap_or_default())
+            );
             return Some(action(&pipeline.opinion_on_trouble()));
         }
     };
@@ -108,8 +113,8 @@ async fn answer(pipeline: &Pipeline, request: &Request) -> Option<String> {
         smtputf8: false,
     };
     let argument = RecipientArgument { raw: recipient.as_bytes().to_vec(), mailer: None, mailbox: None };
-    let (opinion, _) = pipeline.recipient(&envelope, argument).await;
-    Some(action(&opinion))
+    let recipient = pipeline.recipient(&envelope, argument).await;
+    Some(action(&recipient.known().unwrap_or(Opinion::Accept)))
 }
 
 fn action(opinion: &Opinion) -> String {

@@ -131,9 +131,14 @@ impl Chain {
                 }
             };
             // A target that nobody has is the alias owner's mistake, and no reason to refuse the others' mail.
-            let one = if is_alias && one.is_nobody() { Resolution::unjudged("alias target is unknown") } else { one };
+            let one = if is_alias && one.is_nobody() {
+                Resolution::unjudged("alias target is unknown")
+            } else {
+                one
+            };
             for user in one.users {
-                if !all.users.iter().any(|known| known.user == user.user && known.extension == user.extension) {
+                if !all.users.iter().any(|known| known.user == user.user && known.extension == user.extension)
+                {
                     all.users.push(user);
                 }
             }
@@ -174,10 +179,14 @@ impl Resolver {
         };
         match self {
             Self::Passwd(passwd) => {
-                let Ok(name) = UserName::try_from(local.to_owned()) else { return Ok(Lookup::NotFound) };
+                let Ok(name) = UserName::try_from(local.to_owned()) else {
+                    return Ok(Lookup::NotFound);
+                };
                 match passwd.lookup(local).await {
                     Ok(passwd::Answer::Found) => Ok(Lookup::User(User { name, account: Account::Passwd })),
-                    Ok(passwd::Answer::System) => Ok(Lookup::Unjudged(format!("{local} is a system account"))),
+                    Ok(passwd::Answer::System) => {
+                        Ok(Lookup::Unjudged(format!("{local} is a system account")))
+                    }
                     Ok(passwd::Answer::NotFound) => Ok(Lookup::NotFound),
                     Err(error) => unavailable("passwd", error.to_string()),
                 }

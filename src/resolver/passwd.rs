@@ -13,14 +13,14 @@ const CAPACITY: u64 = 10_000;
 
 /// Look-ups by name, off the async threads, since NSS may ask the network.
 #[derive(Debug)]
-pub struct Passwd {
+pub(super) struct Passwd {
     min_uid: u32,
     cache: Cache<String, Answer>,
 }
 
 /// What NSS says of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub(super) enum Answer {
     /// A user who may have filters.
     Found,
     /// A system account: it exists, and is not judged.
@@ -31,7 +31,7 @@ pub enum Answer {
 
 impl Passwd {
     /// `min_uid`: users below are system accounts.
-    pub fn new(min_uid: u32) -> Self {
+    pub(super) fn new(min_uid: u32) -> Self {
         let cache = Cache::builder().max_capacity(CAPACITY).time_to_live(TTL).build();
         Self { min_uid, cache }
     }
@@ -41,7 +41,7 @@ impl Passwd {
     /// # Errors
     ///
     /// Why NSS could not be asked. Not remembered.
-    pub async fn lookup(&self, name: &str) -> Result<Answer, Arc<std::io::Error>> {
+    pub(super) async fn lookup(&self, name: &str) -> Result<Answer, Arc<std::io::Error>> {
         if let Some(answer) = self.cache.get(name).await {
             return Ok(answer);
         }

@@ -47,9 +47,7 @@ pub enum Answer {
 impl PasswdFile {
     /// Reads the file; one that cannot be read yet answers [`Answer::Unavailable`].
     pub fn open(path: impl Into<PathBuf>) -> Self {
-        Self {
-            source: SourceFile::open(path, parse),
-        }
+        Self { source: SourceFile::open(path, parse) }
     }
 
     /// See [`SourceFile::refresh`].
@@ -69,9 +67,8 @@ impl PasswdFile {
             Err(reason) => return Answer::Unavailable(reason),
         };
         let local = local.to_lowercase();
-        let qualified = domain
-            .and_then(normalize_domain)
-            .and_then(|domain| users.get(&(local.clone(), Some(domain))));
+        let qualified =
+            domain.and_then(normalize_domain).and_then(|domain| users.get(&(local.clone(), Some(domain))));
         match qualified.or_else(|| users.get(&(local, None))) {
             Some((_, entry)) => Answer::Found(entry.clone()),
             None => Answer::NotFound,
@@ -103,11 +100,7 @@ fn parse(text: &str, _: &Path) -> (Users, Vec<Problem>) {
                     continue;
                 }
                 hash_map::Entry::Occupied(first) => {
-                    format!(
-                        "{:?} is already in line {}, which is used",
-                        entry.name,
-                        first.get().0
-                    )
+                    format!("{:?} is already in line {}, which is used", entry.name, first.get().0)
                 }
             },
             Err(message) if finished => message,
@@ -132,9 +125,7 @@ fn parse_line(line: &str) -> Result<Entry, String> {
     let home = PathBuf::from(home);
     let climbs = home.components().any(|part| part == Component::ParentDir);
     if !home.is_absolute() || climbs || is_damaged(&home.to_string_lossy()) {
-        return Err(format!(
-            "home {home:?} of {name:?} is no absolute path without \"..\""
-        ));
+        return Err(format!("home {home:?} of {name:?} is no absolute path without \"..\""));
     }
     Ok(Entry {
         name: name.to_owned(),
@@ -266,10 +257,7 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
         assert_eq!(uid(file.lookup("a", Some("b.example"))), 1);
         assert_eq!(
             *file.problems(),
-            [Problem::new(
-                3,
-                "\"A@b.EXAMPLE\" is already in line 1, which is used"
-            )]
+            [Problem::new(3, "\"A@b.EXAMPLE\" is already in line 1, which is used")]
         );
     }
 
@@ -279,10 +267,7 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
         assert_eq!((whole.len(), problems.len()), (2, 0));
         let (cut, problems) = users("a:x:1:1::/a:\nb:x:2:1::/b");
         assert_eq!(cut.len(), 1);
-        assert_eq!(
-            problems,
-            [Problem::new(2, "unfinished last line: 6 fields instead of 7")]
-        );
+        assert_eq!(problems, [Problem::new(2, "unfinished last line: 6 fields instead of 7")]);
     }
 
     #[test]

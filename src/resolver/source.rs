@@ -40,10 +40,7 @@ pub struct Problem {
 impl Problem {
     /// A problem in `line`, counted from 1.
     pub fn new(line: usize, message: impl Into<String>) -> Self {
-        Self {
-            line,
-            message: message.into(),
-        }
+        Self { line, message: message.into() }
     }
 
     /// Adds one, unless there are more than [`MAX_PROBLEMS`] already: a wrong file must not eat the memory.
@@ -233,11 +230,7 @@ impl<T: Default> SourceFile<T> {
         if bytes.len() as u64 > MAX_SIZE {
             return Err(ReadError::TooLarge);
         }
-        let seen = Seen {
-            identity: Identity::of(&metadata),
-            young,
-            digest: digest(&bytes),
-        };
+        let seen = Seen { identity: Identity::of(&metadata), young, digest: digest(&bytes) };
         Ok(Some((seen, bytes)))
     }
 
@@ -272,11 +265,8 @@ impl<T: Default> SourceFile<T> {
             tracing::warn!("{path}: there are more problems, only the first {MAX_PROBLEMS} are shown");
             problems.truncate(MAX_PROBLEMS);
         }
-        let published = Published {
-            content: Arc::new(content),
-            problems: Arc::new(problems),
-            unavailable: None,
-        };
+        let published =
+            Published { content: Arc::new(content), problems: Arc::new(problems), unavailable: None };
         self.replace(published);
     }
 
@@ -331,9 +321,7 @@ fn is_young(metadata: &Metadata) -> bool {
     let Ok(modified) = metadata.modified() else {
         return true;
     };
-    let distance = SystemTime::now()
-        .duration_since(modified)
-        .unwrap_or_else(|ahead| ahead.duration());
+    let distance = SystemTime::now().duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
     distance < TIME_GRANULARITY
 }
 
@@ -362,8 +350,7 @@ fn decode(bytes: &[u8]) -> (String, Vec<Problem>) {
 
 /// Whether a name or path can't be what its author wrote: control characters, or bytes that were not UTF-8.
 pub(super) fn is_damaged(text: &str) -> bool {
-    text.chars()
-        .any(|c| c.is_control() || c == char::REPLACEMENT_CHARACTER)
+    text.chars().any(|c| c.is_control() || c == char::REPLACEMENT_CHARACTER)
 }
 
 #[cfg(test)]
@@ -409,10 +396,8 @@ mod tests {
         }
         let buffer = Buffer::default();
         let writer = buffer.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .with_writer(move || writer.clone())
-            .finish();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
         tracing::subscriber::with_default(subscriber, act);
         let bytes = buffer.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
@@ -442,12 +427,7 @@ mod tests {
         let source = SourceFile::open(&path, lines);
         fs::write(&next, "two\n").unwrap();
         let modified = fs::metadata(&path).unwrap().modified().unwrap();
-        File::options()
-            .write(true)
-            .open(&next)
-            .unwrap()
-            .set_modified(modified)
-            .unwrap();
+        File::options().write(true).open(&next).unwrap().set_modified(modified).unwrap();
         fs::rename(&next, &path).unwrap();
         source.refresh();
         assert_eq!(*source.current(), ["two"]);
@@ -473,8 +453,7 @@ mod tests {
         let path = dir.path().join("source");
         fs::write(&path, "one\n").unwrap();
         let file = File::options().write(true).open(&path).unwrap();
-        file.set_modified(SystemTime::now() + Duration::from_secs(3600))
-            .unwrap();
+        file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
         let source = SourceFile::open(&path, lines);
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
         assert!(source.read_if_changed(Some(&seen)).unwrap().is_none());

@@ -45,14 +45,9 @@ pub(super) fn rules(
         lines_left: MAX_SENDER_LINES,
     };
     let redirect_extension = file.redirect_extension;
-    let redirect_extension = redirect_extension
-        .map(|e| compiler.redirect_extension(e))
-        .transpose()?;
-    let rules = file
-        .rule
-        .into_iter()
-        .map(|rule| compiler.rule(rule.into_inner()))
-        .collect::<Result<_, _>>()?;
+    let redirect_extension = redirect_extension.map(|e| compiler.redirect_extension(e)).transpose()?;
+    let rules =
+        file.rule.into_iter().map(|rule| compiler.rule(rule.into_inner())).collect::<Result<_, _>>()?;
     Ok(Rules {
         mixed: file.mixed,
         redirect_extension,
@@ -68,10 +63,7 @@ pub(super) fn sender_file_names(text: &str) -> Vec<String> {
     let Ok(file) = File::read(without_byte_order_mark(text)) else {
         return names;
     };
-    let lists = file
-        .rule
-        .into_iter()
-        .filter_map(|rule| rule.into_inner().sender_file);
+    let lists = file.rule.into_iter().filter_map(|rule| rule.into_inner().sender_file);
     for name in lists.flat_map(List::items).map(Spanned::into_inner) {
         if names.len() < MAX_SENDER_FILES && refused_name(&name).is_none() && !names.contains(&name) {
             names.push(name);
@@ -86,27 +78,17 @@ pub(super) fn sender_lists(accept: &[String], reject: &[String]) -> Rules {
     let mut rule = |items: &[String], action| {
         let mut set = AddressSet::default();
         let mut some = false;
-        for pattern in items
-            .iter()
-            .filter_map(|item| item.parse::<AddressPattern>().ok())
-        {
+        for pattern in items.iter().filter_map(|item| item.parse::<AddressPattern>().ok()) {
             if let Some(left) = characters_left.checked_sub(pattern.cost()) {
                 characters_left = left;
                 set.insert(pattern);
                 some = true;
             }
         }
-        some.then(|| Rule {
-            sender: Some(set),
-            action,
-            ..Rule::default()
-        })
+        some.then(|| Rule { sender: Some(set), action, ..Rule::default() })
     };
     let rules = [rule(accept, Action::Accept), rule(reject, Action::Reject)];
-    Rules {
-        rules: rules.into_iter().flatten().collect(),
-        ..Rules::default()
-    }
+    Rules { rules: rules.into_iter().flatten().collect(), ..Rules::default() }
 }
 
 struct Compiler<'t, F> {
@@ -125,18 +107,9 @@ impl<F: FnMut(&str) -> Option<String>> Compiler<'_, F> {
         Ok(Rule {
             sender: rule.sender.map(|list| self.addresses(list, true)).transpose()?,
             sender_files: rule.sender_file.map(|list| self.files(list)).transpose()?,
-            recipient: rule
-                .recipient
-                .map(|list| self.addresses(list, false))
-                .transpose()?,
-            client: rule
-                .client
-                .map(|list| self.patterns(list, ClientPattern::cost))
-                .transpose()?,
-            helo: rule
-                .helo
-                .map(|list| self.patterns(list, HeloPattern::cost))
-                .transpose()?,
+            recipient: rule.recipient.map(|list| self.addresses(list, false)).transpose()?,
+            client: rule.client.map(|list| self.patterns(list, ClientPattern::cost)).transpose()?,
+            helo: rule.helo.map(|list| self.patterns(list, HeloPattern::cost)).transpose()?,
             size_over: rule.size_over.map(|size| size.0),
             expires: rule.expires.map(|date| self.date(&date)).transpose()?,
             action: rule.action,
@@ -149,10 +122,7 @@ impl<F: FnMut(&str) -> Option<String>> Compiler<'_, F> {
         for item in self.items(list)? {
             let pattern = self.pattern(&item, AddressPattern::cost)?;
             if matches!(pattern, AddressPattern::Null) && !null_allowed {
-                return Err(self.error(
-                    &item,
-                    "no recipient is <>, expected an address, a domain or a glob",
-                ));
+                return Err(self.error(&item, "no recipient is <>, expected an address, a domain or a glob"));
             }
             set.insert(pattern);
         }
@@ -214,11 +184,7 @@ impl<F: FnMut(&str) -> Option<String>> Compiler<'_, F> {
     fn date(&self, value: &Spanned<Datetime>) -> Result<Date, RulesError> {
         // A day is enough, and a time would raise the question of the zone.
         let date = match value.get_ref() {
-            Datetime {
-                date: Some(date),
-                time: None,
-                offset: None,
-            } => i16::try_from(date.year)
+            Datetime { date: Some(date), time: None, offset: None } => i16::try_from(date.year)
                 .ok()
                 .zip(i8::try_from(date.month).ok())
                 .zip(i8::try_from(date.day).ok())

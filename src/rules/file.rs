@@ -143,9 +143,7 @@ impl<'de> Deserialize<'de> for Size {
 
 /// Line and column, both counted from 1, of a byte of the text; columns in characters.
 pub(super) fn position(text: &str, offset: usize) -> (usize, usize) {
-    let end = (0..=offset.min(text.len()))
-        .rev()
-        .find(|at| text.is_char_boundary(*at));
+    let end = (0..=offset.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
     let before = &text[..end.unwrap_or(0)];
     let line_start = before.rfind('\n').map_or(0, |at| at + 1);
     let line = before.matches('\n').count() + 1;

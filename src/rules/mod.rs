@@ -168,20 +168,12 @@ impl Rules {
     /// not known (the client's name, say) doesn't match.
     pub fn judge<'a>(&'a self, question: &Question<'_>) -> Ruling<'a> {
         let asked = Asked::new(question);
-        let found = (1..)
-            .zip(&self.rules)
-            .find(|(_, rule)| rule.matches(&asked, &self.sender_files));
+        let found = (1..).zip(&self.rules).find(|(_, rule)| rule.matches(&asked, &self.sender_files));
         match found {
-            Some((number, rule)) => Ruling {
-                action: rule.action,
-                reply: rule.reply.as_deref(),
-                rule: Some(number),
-            },
-            None => Ruling {
-                action: self.default,
-                reply: None,
-                rule: None,
-            },
+            Some((number, rule)) => {
+                Ruling { action: rule.action, reply: rule.reply.as_deref(), rule: Some(number) }
+            }
+            None => Ruling { action: self.default, reply: None, rule: None },
         }
     }
 
@@ -212,17 +204,13 @@ impl Rule {
     fn matches(&self, asked: &Asked<'_>, sender_files: &[AddressSet]) -> bool {
         let Asked { question, .. } = asked;
         is_none_or(&self.expires, |last| question.today <= *last)
-            && is_none_or(&self.size_over, |limit| {
-                question.size.is_some_and(|size| size > *limit)
-            })
+            && is_none_or(&self.size_over, |limit| question.size.is_some_and(|size| size > *limit))
             && is_none_or(&self.client, |any| any.iter().any(|p| asked.client_matches(p)))
             && is_none_or(&self.helo, |any| asked.helo_matches(any))
             && is_none_or(&self.recipient, |set| set.contains(&asked.recipient))
             && is_none_or(&self.sender, |set| set.contains(&asked.sender))
             && is_none_or(&self.sender_files, |any| {
-                any.iter()
-                    .filter_map(|file| sender_files.get(*file))
-                    .any(|set| set.contains(&asked.sender))
+                any.iter().filter_map(|file| sender_files.get(*file)).any(|set| set.contains(&asked.sender))
             })
     }
 }
@@ -276,11 +264,7 @@ impl RulesError {
     /// An error at a byte of the text.
     fn at(text: &str, offset: usize, message: impl fmt::Display) -> Self {
         let (line, column) = file::position(text, offset);
-        Self {
-            line,
-            column,
-            message: message.to_string(),
-        }
+        Self { line, column, message: message.to_string() }
     }
 }
 

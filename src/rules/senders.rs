@@ -87,10 +87,7 @@ pub(super) struct Mailbox<'a> {
 impl<'a> Mailbox<'a> {
     /// `None` is the null sender.
     pub(super) fn new(address: Option<&'a Address>) -> Self {
-        Self {
-            address,
-            key: OnceCell::new(),
-        }
+        Self { address, key: OnceCell::new() }
     }
 
     fn key(&self, address: &Address) -> &str {
@@ -163,17 +160,8 @@ mod tests {
     #[test]
     fn an_address_matches_itself_in_any_case() {
         check(
-            &[
-                "Alice@Example.ORG",
-                "MÜLLER@example.org",
-                "\"John Doe\"@example.org",
-            ],
-            &[
-                "aLICE@example.org",
-                "<alice@EXAMPLE.org>",
-                "müller@example.org",
-                "\"john doe\"@example.org",
-            ],
+            &["Alice@Example.ORG", "MÜLLER@example.org", "\"John Doe\"@example.org"],
+            &["aLICE@example.org", "<alice@EXAMPLE.org>", "müller@example.org", "\"john doe\"@example.org"],
             &["alice@example.net", "alice+x@example.org", "alice", ""],
         );
     }
@@ -206,17 +194,9 @@ mod tests {
         check(
             &["alice+*@*.example.org"],
             &["alice+@a.example.org", "ALICE+shop@a.b.example.org"],
-            &[
-                "alice@a.example.org",
-                "alice+shop@example.org",
-                "\"alice+@x.example.org\"@evil.example",
-            ],
+            &["alice@a.example.org", "alice+shop@example.org", "\"alice+@x.example.org\"@evil.example"],
         );
-        check(
-            &["al?ce@*"],
-            &["alice@a", "alüce@b.example"],
-            &["alce@a", "aliice@a", "alice"],
-        );
+        check(&["al?ce@*"], &["alice@a", "alüce@b.example"], &["alce@a", "aliice@a", "alice"]);
     }
 
     #[test]
@@ -230,21 +210,13 @@ mod tests {
     #[test]
     fn a_sender_without_domain_matches_patterns_without_at_only() {
         check(&["alice"], &["alice", "ALICE", "x@alice"], &["alice@example.org"]);
-        check(
-            &["alice@*", "*@*", "@example.org", "alice@alice"],
-            &[],
-            &["alice"],
-        );
+        check(&["alice@*", "*@*", "@example.org", "alice@alice"], &[], &["alice"]);
     }
 
     #[test]
     fn only_the_null_pattern_matches_the_null_sender() {
         check(&["<>"], &["", "<>"], &["a@b.example"]);
-        check(
-            &["*", "*@*", "?", "@example.org", ".example.org", "alice"],
-            &[],
-            &[""],
-        );
+        check(&["*", "*@*", "?", "@example.org", ".example.org", "alice"], &[], &[""]);
     }
 
     #[test]
@@ -260,22 +232,10 @@ mod tests {
             "*bcher-kva.example",
             "*@xn--bcher*",
         ] {
-            check(
-                &[item],
-                &["a@xn--bcher-kva.example", "a@Bücher.example"],
-                &["a@bucher.example"],
-            );
+            check(&[item], &["a@xn--bcher-kva.example", "a@Bücher.example"], &["a@bucher.example"]);
         }
-        check(
-            &["*.bücher.example"],
-            &["a@x.bücher.example"],
-            &["a@bücher.example"],
-        );
-        check(
-            &["*müller*"],
-            &["hans.MÜLLER@example.org"],
-            &["muller@example.org"],
-        );
+        check(&["*.bücher.example"], &["a@x.bücher.example"], &["a@bücher.example"]);
+        check(&["*müller*"], &["hans.MÜLLER@example.org"], &["muller@example.org"]);
     }
 
     #[test]
@@ -293,14 +253,8 @@ mod tests {
         let mut left = 100;
         let set = read_sender_file(text, &mut left).unwrap();
         assert_eq!(left, 91);
-        for yes in [
-            "alice@example.org",
-            "",
-            "z@b.example",
-            "x#y@c.example",
-            "a@b.d.example",
-            "ee@e.example",
-        ] {
+        for yes in ["alice@example.org", "", "z@b.example", "x#y@c.example", "a@b.d.example", "ee@e.example"]
+        {
             assert!(has(&set, yes), "{yes}");
         }
         for no in ["x@c.example", "\"#x\"@c.example", "friends", "f@e.example"] {
@@ -317,17 +271,12 @@ mod tests {
     #[test]
     fn lines_beyond_the_limit_are_refused() {
         assert!(read_sender_file("a\nb", &mut 2).is_ok());
-        assert_eq!(
-            read_sender_file("a\nb\nc", &mut 2).unwrap_err(),
-            SenderFileError::TooManyLines
-        );
+        assert_eq!(read_sender_file("a\nb\nc", &mut 2).unwrap_err(), SenderFileError::TooManyLines);
     }
 
     #[test]
     fn asking_a_large_set_is_no_search() {
-        let text: String = (0..100_000)
-            .map(|n| format!("user{n}@example{}.org\n", n % 97))
-            .collect();
+        let text: String = (0..100_000).map(|n| format!("user{n}@example{}.org\n", n % 97)).collect();
         let set = read_sender_file(&text, &mut 100_000).unwrap();
         assert_eq!(set.cost(), 0);
         assert!(set.globs.is_empty());

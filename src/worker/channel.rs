@@ -21,7 +21,10 @@ use tokio::{
 use tracing::error;
 
 use crate::{
-    monitor::{self, End, Event, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Report, Request, Variable},
+    monitor::{
+        self, End, Event, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report, Request,
+        Variable,
+    },
     sys,
     user::User,
 };
@@ -33,10 +36,10 @@ const MAX_INSPECTIONS: usize = 16;
 const INSPECT_TIME_LIMIT: Duration = Duration::from_secs(15);
 
 /// Bytes kept of a filter's standard output: what 32 lines of a reply can have.
-pub const MAX_OUTPUT: usize = 32 * 1024;
+pub(super) const MAX_OUTPUT: usize = 32 * 1024;
 
 /// Bytes kept of a filter's standard error.
-pub const MAX_ERROR_OUTPUT: usize = 16 * 1024;
+pub(super) const MAX_ERROR_OUTPUT: usize = 16 * 1024;
 
 /// Bytes kept of a report that is no inspection.
 const MAX_REFUSAL: usize = 8 * 1024;
@@ -94,7 +97,7 @@ pub struct Finished {
     /// The start of standard error.
     pub error_output: Vec<u8>,
     /// Why the filter was not run, if it was not.
-    pub refusal: Option<Report>,
+    pub refusal: Option<Refusal>,
 }
 
 /// A filter to be run.
@@ -122,7 +125,7 @@ impl Monitor {
     /// If the socket can't be watched.
     pub fn new(socket: OwnedFd) -> io::Result<Arc<Self>> {
         let monitor = Arc::new(Self {
-            socket: AsyncFd::new(socket)?,
+            socket: sys::watch(socket)?,
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
             inspections: Semaphore::new(MAX_INSPECTIONS),
@@ -168,9 +171,9 @@ impl Monitor {
         let _ended = timeout(INSPECT_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
         match monitor::decode(&bytes) {
             Ok(Report::Inspection(inspection)) => Ok(inspection),
-            Ok(Report::NoUser) => Err(InspectError::NoUser),
-            Ok(Report::Refused(why)) => Err(InspectError::Refused(why)),
-            Ok(Report::NoFilter) | Err(_) => Err(InspectError::NoAnswer),
+            Ok(Report::Refusal(Refusal::NoUser)) => Err(InspectError::NoUser),
+            Ok(Report::Refusal(Refusal::Check(why))) => Err(InspectError::Refused(why)),
+            Ok(Report::Refusal(Refusal::NoFilter)) | Err(_) => Err(InspectError::NoAnswer),
         }
     }
 
@@ -207,7 +210,10 @@ impl Monitor {
         }
         let refusal = match &refusal.bytes[..] {
             [] => None,
-            bytes => Some(monitor::decode(bytes).unwrap_or(Report::Refused("unreadable report".into()))),
+            bytes => match monitor::decode(bytes) {
+                Ok(Report::Refusal(refusal)) => Some(refusal),
+                _ => Some(Refusal::Check("unreadable report".into())),
+            },
         };
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
@@ -229,7 +235,8 @@ impl Monitor {
             return Err(io::Error::other("request is too long for the monitor"));
         }
         let raw: Vec<_> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
-        let send = |socket: &OwnedFd| sys::send_with_descriptors(socket, &packet, &raw).map_err(io::Error::from);
+        let send =
+            |socket: &OwnedFd| sys::send_with_descriptors(socket, &packet, &raw).map_err(io::Error::from);
         self.socket.async_io(Interest::WRITABLE, send).await
     }
 

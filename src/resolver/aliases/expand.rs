@@ -122,11 +122,7 @@ impl Walk {
         if depth > MAX_DEPTH {
             self.leaf(Leaf::Unjudged(format!("more than {MAX_DEPTH} aliases in a row")));
         } else if self.visited.insert((folded(&address), stage)) {
-            self.queue.push_back(Node {
-                address,
-                stage,
-                depth,
-            });
+            self.queue.push_back(Node { address, stage, depth });
         }
     }
 
@@ -239,10 +235,7 @@ mod tests {
             (Stage::Virtual, "robert@c.example", "rob@d.example"),
         ];
         let expansion = expand(&address("sales@a.example"), table(&rows));
-        assert_eq!(
-            leaves(&expansion),
-            ["carol@b.example", "alice", "unjudged |vacation", "rob@d.example"]
-        );
+        assert_eq!(leaves(&expansion), ["carol@b.example", "alice", "unjudged |vacation", "rob@d.example"]);
         let origins: Vec<_> = expansion.steps.iter().map(|step| step.origin.as_str()).collect();
         assert_eq!(origins, ["table:0", "table:1", "table:2", "table:3"]);
         assert_eq!(expansion.steps[1].address, address("list"));
@@ -254,20 +247,13 @@ mod tests {
         let rows = [(Stage::Local, "alice", "Alice bob")];
         assert_eq!(expanded("alice@a.example", &rows), ["alice@a.example", "bob"]);
         let rows = [(Stage::Virtual, "alice@a.example", "alice@a.example bob@b.example")];
-        assert_eq!(
-            expanded("Alice@a.example", &rows),
-            ["Alice@a.example", "bob@b.example"]
-        );
+        assert_eq!(expanded("Alice@a.example", &rows), ["Alice@a.example", "bob@b.example"]);
     }
 
     #[test]
     fn an_address_in_its_own_virtual_list_still_has_its_local_aliases() {
         let rows = [
-            (
-                Stage::Virtual,
-                "alice@a.example",
-                "alice@a.example archive@b.example",
-            ),
+            (Stage::Virtual, "alice@a.example", "alice@a.example archive@b.example"),
             (Stage::Local, "alice", "al"),
         ];
         assert_eq!(expanded("alice@a.example", &rows), ["al", "archive@b.example"]);
@@ -287,10 +273,8 @@ mod tests {
     fn a_loop_without_a_way_out_cannot_be_judged() {
         let rows = [(Stage::Local, "a", "b"), (Stage::Local, "b", "a")];
         assert_eq!(expanded("a", &rows), ["unjudged alias loop"]);
-        let rows = [
-            (Stage::Virtual, "a@x.example", "b@x.example"),
-            (Stage::Virtual, "b@x.example", "a@x.example"),
-        ];
+        let rows =
+            [(Stage::Virtual, "a@x.example", "b@x.example"), (Stage::Virtual, "b@x.example", "a@x.example")];
         assert_eq!(expanded("a@x.example", &rows), ["unjudged alias loop"]);
     }
 
@@ -302,11 +286,7 @@ mod tests {
 
     #[test]
     fn who_is_reached_on_two_ways_counts_once() {
-        let rows = [
-            (Stage::Local, "a", "b c |x"),
-            (Stage::Local, "b", "D |x"),
-            (Stage::Local, "c", "d"),
-        ];
+        let rows = [(Stage::Local, "a", "b c |x"), (Stage::Local, "b", "D |x"), (Stage::Local, "c", "d")];
         assert_eq!(expanded("a", &rows), ["unjudged |x", "D"]);
     }
 
@@ -317,10 +297,7 @@ mod tests {
             if stage == Stage::Virtual || number == 0 {
                 return Lookup::NotFound;
             }
-            Lookup::Found(Found {
-                targets: vec![target(&(number - 1).to_string())],
-                origin: String::new(),
-            })
+            Lookup::Found(Found { targets: vec![target(&(number - 1).to_string())], origin: String::new() })
         };
         assert_eq!(leaves(&expand(&address(&MAX_DEPTH.to_string()), count)), ["0"]);
         assert_eq!(
@@ -331,18 +308,14 @@ mod tests {
 
     #[test]
     fn the_thousand_and_first_and_all_beyond_count_as_one() {
-        for (members, expected) in [
-            (MAX_LEAVES, MAX_LEAVES),
-            (MAX_LEAVES + 1, MAX_LEAVES + 1),
-            (5000, MAX_LEAVES + 1),
-        ] {
+        for (members, expected) in
+            [(MAX_LEAVES, MAX_LEAVES), (MAX_LEAVES + 1, MAX_LEAVES + 1), (5000, MAX_LEAVES + 1)]
+        {
             let list: Vec<_> = (0..members).map(|n| format!("m{n}")).collect();
             let list = list.join(" ");
             let got = expanded("list", &[(Stage::Local, "list", &list)]);
             assert_eq!(got.len(), expected);
-            let last_is_rest = got
-                .last()
-                .is_some_and(|leaf| leaf == "unjudged more than 1000 addresses");
+            let last_is_rest = got.last().is_some_and(|leaf| leaf == "unjudged more than 1000 addresses");
             assert_eq!(last_is_rest, members > MAX_LEAVES);
         }
     }

@@ -99,20 +99,12 @@ impl Aliases {
     /// Reads the aliases(5) and virtual(5) files, each kind asked in the order given.
     pub fn open(aliases: &[PathBuf], virtuals: &[PathBuf]) -> Self {
         let aliases = aliases.iter().map(|path| SourceFile::open(path, parse::aliases));
-        let virtuals = virtuals
-            .iter()
-            .map(|path| SourceFile::open(path, parse::virtuals));
-        let mut files = Files {
-            aliases: aliases.collect(),
-            virtuals: virtuals.collect(),
-            includes: BTreeMap::new(),
-        };
+        let virtuals = virtuals.iter().map(|path| SourceFile::open(path, parse::virtuals));
+        let mut files =
+            Files { aliases: aliases.collect(), virtuals: virtuals.collect(), includes: BTreeMap::new() };
         files.refresh_includes();
         let snapshot = files.snapshot();
-        Self {
-            files: Mutex::new(files),
-            snapshot: RwLock::new(Arc::new(snapshot)),
-        }
+        Self { files: Mutex::new(files), snapshot: RwLock::new(Arc::new(snapshot)) }
     }
 
     /// Reads what has changed, included files too. Blocks on the file system: not for an async thread.
@@ -139,9 +131,7 @@ impl Aliases {
             .chain(includes.map(|source| (source.path(), source.problems())))
             .flat_map(|(path, problems)| {
                 let problems = problems.iter().cloned();
-                problems
-                    .map(|problem| (path.to_owned(), problem))
-                    .collect::<Vec<_>>()
+                problems.map(|problem| (path.to_owned(), problem)).collect::<Vec<_>>()
             })
             .collect()
     }
@@ -154,11 +144,7 @@ impl Aliases {
     /// full name first, and swallow the extension. An address without domain is looked up by its name alone:
     /// to find entries for `user@domain`, qualify it first.
     pub fn lookup(&self, address: &Address, stage: Stage, is_ours: bool, delimiters: &str) -> Lookup {
-        let snapshot = self
-            .snapshot
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let snapshot = self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone();
         match stage {
             Stage::Virtual => snapshot.lookup_virtual(address, is_ours, delimiters),
             Stage::Local if is_ours => snapshot.lookup_local(address, delimiters),
@@ -173,9 +159,7 @@ impl Aliases {
         is_ours: impl Fn(&Address) -> bool,
         delimiters: &str,
     ) -> Expansion {
-        expand(address, |address, stage| {
-            self.lookup(address, stage, is_ours(address), delimiters)
-        })
+        expand(address, |address, stage| self.lookup(address, stage, is_ours(address), delimiters))
     }
 }
 
@@ -210,19 +194,15 @@ impl Files {
 
     fn snapshot(&self) -> Snapshot {
         let tables = |sources: &[SourceFile<AliasTable>]| {
-            let tables = sources.iter().map(|source| Table {
-                path: source.path().to_owned(),
-                content: source.ask(),
-            });
+            let tables =
+                sources.iter().map(|source| Table { path: source.path().to_owned(), content: source.ask() });
             tables.collect()
         };
         let includes = self.includes.iter();
         Snapshot {
             virtuals: tables(&self.virtuals),
             aliases: tables(&self.aliases),
-            includes: includes
-                .map(|(path, source)| (path.clone(), source.ask()))
-                .collect(),
+            includes: includes.map(|(path, source)| (path.clone(), source.ask())).collect(),
         }
     }
 }
@@ -347,10 +327,7 @@ fn found(table: &Table, entry: &Entry, mut targets: Vec<Target>) -> Lookup {
         // Files that include nothing but each other.
         targets.push(Target::Unjudged("a list of nobody".to_owned()));
     }
-    Lookup::Found(Found {
-        targets,
-        origin: format!("{}:{}", table.path.display(), entry.line),
-    })
+    Lookup::Found(Found { targets, origin: format!("{}:{}", table.path.display(), entry.line) })
 }
 
 /// `@otherdomain`: this user there, extension and all.

@@ -112,10 +112,7 @@ fn table(text: &str, parse: LineParser) -> (AliasTable, Vec<Problem>) {
     for (line, text) in logical_lines(text) {
         let mut report = |message: String| Problem::note(&mut problems, line, message);
         let inserted = if text.starts_with(is_space) {
-            Err(format!(
-                "{} continues no line",
-                shown(text.trim_matches(is_space))
-            ))
+            Err(format!("{} continues no line", shown(text.trim_matches(is_space))))
         } else {
             parse(&text, line, &mut report)
                 .and_then(|found| found.map_or(Ok(()), |(key, entry)| table.insert(key, entry)))
@@ -159,10 +156,7 @@ fn virtual_alias(
     }
     let key = pattern(name).map_err(|why| format!("{}: {why}", shown(name)))?;
     if name.ends_with(':') {
-        report(format!(
-            "{} ends with a colon: is this an aliases file?",
-            shown(name)
-        ));
+        report(format!("{} ends with a colon: is this an aliases file?", shown(name)));
     }
     // "virtual-alias.domain anything" declares a domain, and really means anything; it can't be told
     // from "first.last someone", so it stays an entry for that local part, as it is to Postfix.
@@ -197,11 +191,7 @@ fn entry(
         report("no target".to_owned());
         items.push(Item::To(Target::Unjudged("no target".to_owned())));
     }
-    Entry {
-        line,
-        same_user_at,
-        items,
-    }
+    Entry { line, same_user_at, items }
 }
 
 /// Reads a file that an alias includes: every line is a right-hand side of aliases(5), none is continued.
@@ -267,9 +257,7 @@ fn pattern(name: &str) -> Result<Key, String> {
         return Err("no mailbox can be written so".to_owned());
     }
     if let Some(domain) = name.strip_prefix('@') {
-        return normalize_domain(domain)
-            .map(Key::Domain)
-            .ok_or_else(|| "no domain".to_owned());
+        return normalize_domain(domain).map(Key::Domain).ok_or_else(|| "no domain".to_owned());
     }
     let address = Address::parse(name.as_bytes()).map_err(|error| error.to_string())?;
     Ok(Key::mailbox(&address).unwrap_or_else(|| Key::local(address.local())))
@@ -344,10 +332,7 @@ ba\ck: z
             let entry = table.get(&Key::local(name)).unwrap();
             assert_eq!(
                 (entry.line, &targets(entry)[..]),
-                (
-                    line,
-                    &expected.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>()[..]
-                )
+                (line, &expected.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>()[..])
             );
         }
         assert_eq!(table.entries.len(), 8);
@@ -358,10 +343,7 @@ ba\ck: z
         let text = " leading\ngood: a\nno colon\nempty:\n: x\na, b: c\nat@dom: x\nGOOD: b\nnobody: ,\n\u{fffd}x: y\nlast: z";
         let (table, problems) = aliases(text, path());
         assert_eq!(lines(&problems), [1, 3, 4, 5, 6, 7, 8, 9, 10]);
-        assert_eq!(
-            problems[6].message,
-            "\"good\" is already in line 2, which is used"
-        );
+        assert_eq!(problems[6].message, "\"good\" is already in line 2, which is used");
         assert_eq!(targets(table.get(&Key::local("good")).unwrap()), ["a"]);
         assert_eq!(targets(table.get(&Key::local("last")).unwrap()), ["z"]);
         let nobody = table.get(&Key::local("nobody")).unwrap();
@@ -386,22 +368,12 @@ user\ta b
         let mailbox = |text: &str| Key::mailbox(&Address::parse(text.as_bytes()).unwrap()).unwrap();
         let domain = |text: &str| Key::Domain(text.to_owned());
         for (key, line, same, expected) in [
-            (
-                mailbox("alice@xn--bcher-kva.example"),
-                1,
-                None,
-                &["bob", "carol@x.example"][..],
-            ),
+            (mailbox("alice@xn--bcher-kva.example"), 1, None, &["bob", "carol@x.example"][..]),
             (mailbox("\"John Doe\"@example.org"), 2, None, &["jd"]),
             (Key::local("john doe"), 3, None, &["jd2"]),
             (domain("example.org"), 4, None, &["catch@x.example"]),
             (domain("old.example"), 5, Some("new.example"), &[]),
-            (
-                domain("mixed.example"),
-                6,
-                Some("new.example"),
-                &["copy@x.example"],
-            ),
+            (domain("mixed.example"), 6, Some("new.example"), &["copy@x.example"]),
             (Key::local("user"), 7, None, &["a", "b", "c", "d"]),
         ] {
             let entry = table.get(&key).unwrap();
@@ -423,24 +395,16 @@ user\ta b
     fn the_declaration_of_a_virtual_domain_is_an_alias_of_none_of_its_addresses() {
         let (table, problems) = virtuals("virt.example \"anything (at all @ \nvirt2.example ,", path());
         assert_eq!(problems, []);
-        assert_eq!(
-            table.get(&Key::Domain("virt.example".to_owned())).map(targets),
-            None
-        );
+        assert_eq!(table.get(&Key::Domain("virt.example".to_owned())).map(targets), None);
     }
 
     #[test]
     fn lines_of_an_included_file_stand_alone() {
-        let (list, problems) = include(
-            "# members\nalice, bob\n  carol\n@broken\n:include:/etc/more\n",
-            path(),
-        );
+        let (list, problems) =
+            include("# members\nalice, bob\n  carol\n@broken\n:include:/etc/more\n", path());
         assert_eq!(list.items.len(), 5);
         assert_eq!(lines(&problems), [4]);
-        assert_eq!(
-            includes(&list.items).collect::<Vec<_>>(),
-            [Path::new("/etc/more")]
-        );
+        assert_eq!(includes(&list.items).collect::<Vec<_>>(), [Path::new("/etc/more")]);
     }
 
     proptest! {

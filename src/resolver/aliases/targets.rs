@@ -72,9 +72,9 @@ pub(super) fn scan(text: &str, report: &mut dyn FnMut(String)) -> Vec<Token> {
                 chars.next();
                 Token::Operator(c)
             }
-            _ => Token::Word(collect(&mut chars, |c| {
-                matches!(c, ' ' | '\t' | '\r' | '\n') || is_operator(c)
-            })),
+            _ => {
+                Token::Word(collect(&mut chars, |c| matches!(c, ' ' | '\t' | '\r' | '\n') || is_operator(c)))
+            }
         };
         tokens.push(token);
     }
@@ -198,10 +198,7 @@ fn item(tokens: &[Token], report: &mut dyn FnMut(String)) -> Item {
         return unjudged(format!("file {}", shown(&text)));
     }
     if is_damaged(&text) {
-        report(format!(
-            "{} has a character that no target can have",
-            shown(&text)
-        ));
+        report(format!("{} has a character that no target can have", shown(&text)));
         return unjudged(format!("unreadable target {}", shown(&text)));
     }
     if let (Some(keyword), Some(path)) = (text.get(..INCLUDE.len()), text.get(INCLUDE.len()..))
@@ -308,10 +305,7 @@ mod tests {
 
     #[test]
     fn quotes_and_backslashes_are_resolved() {
-        assert_eq!(
-            good(r#""Jane Doe", "a@b"@c.example"#),
-            ["\"Jane Doe\"", "\"a@b\"@c.example"]
-        );
+        assert_eq!(good(r#""Jane Doe", "a@b"@c.example"#), ["\"Jane Doe\"", "\"a@b\"@c.example"]);
         assert_eq!(good(r"jo\ hn, x\,y"), ["\"jo hn\"", "\"x,y\""]);
         assert_eq!(good(r#""quo\"te""#), [r#""quo\"te""#]);
         assert_eq!(good(r"\alice"), ["alice"]);
@@ -331,25 +325,16 @@ mod tests {
     #[test]
     fn commands_and_files_are_nobody_who_can_be_asked() {
         for (text, shown) in [
-            (
-                r#""|/usr/bin/vacation -a foo, bar""#,
-                r#"command "|/usr/bin/vacation -a foo, bar""#,
-            ),
+            (r#""|/usr/bin/vacation -a foo, bar""#, r#"command "|/usr/bin/vacation -a foo, bar""#),
             ("|/bin/prog", r#"command "|/bin/prog""#),
             (r#"|"/bin/prog x""#, r#"command "|/bin/prog x""#),
             ("/dev/null", r#"file "/dev/null""#),
             (r#""/var/mail/a b""#, r#"file "/var/mail/a b""#),
             ("~/Mail/box", r#"file "~/Mail/box""#),
         ] {
-            assert_eq!(
-                good(&format!("a, {text}, b")),
-                ["a", &format!("unjudged {shown}"), "b"]
-            );
+            assert_eq!(good(&format!("a, {text}, b")), ["a", &format!("unjudged {shown}"), "b"]);
         }
-        assert_eq!(
-            good("user%b.example")[0],
-            r#"unjudged routed address "user%b.example""#
-        );
+        assert_eq!(good("user%b.example")[0], r#"unjudged routed address "user%b.example""#);
         assert_eq!(good("b!user")[0], r#"unjudged routed address "b!user""#);
         assert_eq!(good(r#""user%b""#), ["user%b"]);
     }
@@ -366,22 +351,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_reported_and_stays_as_somebody() {
-        for text in [
-            "a, @b.example",
-            "a, b@",
-            "a, b@c/d",
-            "a, \u{fffd}",
-            "a, \"\"",
-            "a, \u{0}b",
-        ] {
+        for text in ["a, @b.example", "a, b@", "a, b@c/d", "a, \u{fffd}", "a, \"\"", "a, \u{0}b"] {
             let (targets, problem) = read(text);
             assert!(problem, "{text:?}");
             assert_eq!(targets.len(), 2, "{text:?}");
             assert_eq!(targets[0], "a");
-            assert!(
-                targets[1].starts_with("unjudged unreadable target"),
-                "{targets:?}"
-            );
+            assert!(targets[1].starts_with("unjudged unreadable target"), "{targets:?}");
         }
         for (text, targets) in [("a, \"b", ["a", "b"]), ("a, b (c", ["a", "b"])] {
             assert_eq!(read(text), (targets.map(str::to_owned).to_vec(), true));

@@ -17,10 +17,7 @@ impl Site {
         let here = dir.path().to_str().unwrap();
         fs::write(dir.path().join("aliases"), aliases.replace("HERE", here)).unwrap();
         fs::write(dir.path().join("virtual"), virtuals).unwrap();
-        Self {
-            aliases: Aliases::open(&[dir.path().join("aliases")], &[dir.path().join("virtual")]),
-            dir,
-        }
+        Self { aliases: Aliases::open(&[dir.path().join("aliases")], &[dir.path().join("virtual")]), dir }
     }
 
     fn write(&self, name: &str, text: &str) {
@@ -32,10 +29,7 @@ impl Site {
     /// `ours.example` and bare names are ours.
     fn lookup(&self, stage: Stage, text: &str, delimiters: &str) -> Option<String> {
         let address = address(text);
-        match self
-            .aliases
-            .lookup(&address, stage, is_ours(&address), delimiters)
-        {
+        match self.aliases.lookup(&address, stage, is_ours(&address), delimiters) {
             Lookup::Found(found) => Some(found.targets.iter().map(written).collect::<Vec<_>>().join(" ")),
             Lookup::NotFound => None,
             Lookup::Unavailable(reason) => Some(format!("unavailable {reason}")),
@@ -91,19 +85,13 @@ fn virtual_names_without_domain_are_for_our_domains_only() {
     let site = Site::new("", "bob robert\n@theirs.example us@ours.example\n");
     assert_eq!(site.virtual_alias("bob@ours.example").as_deref(), Some("robert"));
     assert_eq!(site.virtual_alias("bob").as_deref(), Some("robert"));
-    assert_eq!(
-        site.virtual_alias("bob@theirs.example").as_deref(),
-        Some("us@ours.example")
-    );
+    assert_eq!(site.virtual_alias("bob@theirs.example").as_deref(), Some("us@ours.example"));
     assert_eq!(site.virtual_alias("bob@else.example"), None);
 }
 
 #[test]
 fn the_same_user_in_another_domain_keeps_the_extension() {
-    let site = Site::new(
-        "",
-        "@old.example @new.example\na@old.example @new.example, b@x.example\n",
-    );
+    let site = Site::new("", "@old.example @new.example\na@old.example @new.example, b@x.example\n");
     let found = |text| site.virtual_alias(text).unwrap();
     assert_eq!(found("\"J D+x\"@old.example"), "\"J D+x\"@new.example");
     assert_eq!(found("a+x@old.example"), "a+x@new.example b+x@x.example");
@@ -111,10 +99,7 @@ fn the_same_user_in_another_domain_keeps_the_extension() {
 
 #[test]
 fn extensions_start_at_any_delimiter_and_some_names_have_none() {
-    let site = Site::new(
-        "",
-        "a@x.example b\npostmaster@x.example p\nowner@x.example o\nlist@x.example l\n",
-    );
+    let site = Site::new("", "a@x.example b\npostmaster@x.example p\nowner@x.example o\nlist@x.example l\n");
     let found = |text: &str| site.lookup(Stage::Virtual, text, "+-");
     assert_eq!(found("a-1+2@x.example").as_deref(), Some("b-1+2"));
     assert_eq!(found("a+1-2@x.example").as_deref(), Some("b+1-2"));
@@ -136,43 +121,26 @@ fn all_sources_of_a_kind_are_asked_for_a_pattern_before_the_next_pattern() {
         Lookup::Found(found) => (written(&found.targets[0]), found.origin),
         other => panic!("{other:?}"),
     };
-    assert_eq!(
-        found("a@ours.example"),
-        ("alice".to_owned(), format!("{}:1", paths[1].display()))
-    );
-    assert_eq!(
-        found("b@ours.example"),
-        ("first".to_owned(), format!("{}:2", paths[0].display()))
-    );
+    assert_eq!(found("a@ours.example"), ("alice".to_owned(), format!("{}:1", paths[1].display())));
+    assert_eq!(found("b@ours.example"), ("first".to_owned(), format!("{}:2", paths[0].display())));
     assert_eq!(found("c@ours.example").0, "catch");
 }
 
 #[test]
 fn local_aliases_are_for_our_addresses_and_swallow_the_extension() {
     let site = Site::new("a: b, |c\n\"a+x\": d\n", "");
-    assert_eq!(
-        site.local_alias("A+y@ours.example").as_deref(),
-        Some("b unjudged(command \"|c\")")
-    );
+    assert_eq!(site.local_alias("A+y@ours.example").as_deref(), Some("b unjudged(command \"|c\")"));
     assert_eq!(site.local_alias("a+x@ours.example").as_deref(), Some("d"));
-    assert_eq!(
-        site.local_alias("a").as_deref(),
-        Some("b unjudged(command \"|c\")")
-    );
+    assert_eq!(site.local_alias("a").as_deref(), Some("b unjudged(command \"|c\")"));
     assert_eq!(site.local_alias("a@theirs.example"), None);
     assert_eq!(site.lookup(Stage::Local, "a+y@ours.example", ""), None);
 }
 
 #[test]
 fn the_whole_way_of_an_address_is_found() {
-    let site = Site::new(
-        "staff: alice, bob\nbob: \\bob, bob@away.example\n",
-        "team@ours.example staff\n",
-    );
+    let site = Site::new("staff: alice, bob\nbob: \\bob, bob@away.example\n", "team@ours.example staff\n");
     let expansion = site.aliases.expand(&address("team+x@ours.example"), is_ours, "+");
-    let leaves: Vec<_> = ["alice", "bob", "bob@away.example"]
-        .map(|a| Leaf::Address(address(a)))
-        .to_vec();
+    let leaves: Vec<_> = ["alice", "bob", "bob@away.example"].map(|a| Leaf::Address(address(a))).to_vec();
     assert_eq!(expansion.leaves, leaves);
     let file = |name| site.dir.path().join(name).display().to_string();
     let origins: Vec<_> = expansion.steps.into_iter().map(|step| step.origin).collect();
@@ -203,11 +171,7 @@ fn a_source_that_was_never_readable_makes_the_answer_unknown() {
 #[test]
 fn included_files_stand_in_place_and_are_read_again() {
     let site = Site::new("list: a, :include:HERE/members, z\n", "");
-    assert!(
-        site.local_alias("list")
-            .unwrap()
-            .starts_with("a unjudged(:include:HERE/members: No such file")
-    );
+    assert!(site.local_alias("list").unwrap().starts_with("a unjudged(:include:HERE/members: No such file"));
     site.write("members", "b\n# c\nd, :include:HERE/more\n");
     site.write("more", "e\n:include:HERE/members\n");
     site.aliases.refresh();
@@ -251,23 +215,15 @@ fn files_that_include_each_other_without_end_list_nobody() {
     site.write("a", ":include:HERE/b\n");
     site.write("b", ":include:HERE/a\n");
     site.aliases.refresh();
-    assert_eq!(
-        site.local_alias("list").as_deref(),
-        Some("unjudged(a list of nobody)")
-    );
+    assert_eq!(site.local_alias("list").as_deref(), Some("unjudged(a list of nobody)"));
     for depth in 0..=MAX_INCLUDE_DEPTH {
-        site.write(
-            &format!("n{depth}"),
-            &format!("m{depth}, :include:HERE/n{}\n", depth + 1),
-        );
+        site.write(&format!("n{depth}"), &format!("m{depth}, :include:HERE/n{}\n", depth + 1));
     }
     site.write("aliases", "list: :include:HERE/n1\n");
     site.aliases.refresh();
     let found = site.local_alias("list").unwrap();
-    let deepest = format!(
-        "m{MAX_INCLUDE_DEPTH} unjudged(:include:HERE/n{}: included too deep)",
-        MAX_INCLUDE_DEPTH + 1
-    );
+    let deepest =
+        format!("m{MAX_INCLUDE_DEPTH} unjudged(:include:HERE/n{}: included too deep)", MAX_INCLUDE_DEPTH + 1);
     assert!(found.ends_with(&deepest), "{found}");
 }
 
@@ -279,10 +235,7 @@ fn a_list_of_a_million_costs_no_more_than_one_of_a_thousand() {
         panic!("not found");
     };
     assert_eq!(found.targets.len(), MAX_TARGETS + 1);
-    assert_eq!(
-        written(&found.targets[MAX_TARGETS]),
-        "unjudged(more than 1000 targets)"
-    );
+    assert_eq!(written(&found.targets[MAX_TARGETS]), "unjudged(more than 1000 targets)");
 }
 
 #[test]
@@ -393,10 +346,7 @@ cr: b
     };
     let (table, problems) = parse::aliases(text, Path::new("source"));
     for line in &complaints {
-        assert!(
-            problems.iter().any(|problem| problem.line == *line),
-            "{line}: {problems:?}"
-        );
+        assert!(problems.iter().any(|problem| problem.line == *line), "{line}: {problems:?}");
     }
     assert!(complaints.len() >= 4, "{complaints:?}");
     let mut compared = 0;
@@ -468,22 +418,13 @@ esc\\ aped@example.org e
     };
     let (table, problems) = parse::virtuals(text, Path::new("source"));
     for line in &complaints {
-        assert!(
-            problems.iter().any(|problem| problem.line == *line),
-            "{line}: {problems:?}"
-        );
+        assert!(problems.iter().any(|problem| problem.line == *line), "{line}: {problems:?}");
     }
     assert!(complaints.len() >= 3, "{complaints:?}");
     let mut compared = 0;
     for (pattern, key) in [
-        (
-            "alice@example.org",
-            Key::mailbox(&address("Alice@example.ORG")).unwrap(),
-        ),
-        (
-            "\"john doe\"@example.org",
-            Key::mailbox(&address("\"john doe\"@example.org")).unwrap(),
-        ),
+        ("alice@example.org", Key::mailbox(&address("Alice@example.ORG")).unwrap()),
+        ("\"john doe\"@example.org", Key::mailbox(&address("\"john doe\"@example.org")).unwrap()),
         ("\"john doe\"", Key::local("john doe")),
         ("@example.org", Key::Domain("example.org".to_owned())),
         ("virt.example", Key::local("virt.example")),
@@ -494,10 +435,7 @@ esc\\ aped@example.org e
         ("tab", Key::local("tab")),
         ("colon:", Key::local("colon:")),
         ("\"open", Key::local("open")),
-        (
-            "dup@example.org",
-            Key::mailbox(&address("dup@example.org")).unwrap(),
-        ),
+        ("dup@example.org", Key::mailbox(&address("dup@example.org")).unwrap()),
         ("continued", Key::local("continued")),
     ] {
         let theirs = postfix.query(pattern);

@@ -23,29 +23,18 @@ const ACTIONS: [(&str, Action); 4] = [
 
 fn plain_judge(rules: &[Plain], files: &[Vec<String>], mail: &Mail) -> Option<usize> {
     fn any(key: &Option<Vec<String>>, matches: impl Fn(&str) -> bool) -> bool {
-        key.as_ref()
-            .is_none_or(|items| items.iter().any(|i| matches(&i.to_lowercase())))
+        key.as_ref().is_none_or(|items| items.iter().any(|i| matches(&i.to_lowercase())))
     }
     for (index, rule) in rules.iter().enumerate() {
         let in_files = rule.sender_files.as_ref().is_none_or(|indexes| {
-            indexes.iter().any(|i| {
-                any(&Some(files[*i].clone()), |i| {
-                    plain_address(i, mail.sender.address())
-                })
-            })
+            indexes.iter().any(|i| any(&Some(files[*i].clone()), |i| plain_address(i, mail.sender.address())))
         });
         if in_files
             && any(&rule.sender, |i| plain_address(i, mail.sender.address()))
             && any(&rule.recipient, |i| plain_address(i, Some(&mail.recipient)))
             && any(&rule.client, |i| plain_client(i, mail))
-            && any(&rule.helo, |i| {
-                mail.helo
-                    .as_ref()
-                    .is_some_and(|h| plain_glob(i, &h.to_lowercase()))
-            })
-            && rule
-                .size_over
-                .is_none_or(|limit| mail.size.is_some_and(|s| s > limit))
+            && any(&rule.helo, |i| mail.helo.as_ref().is_some_and(|h| plain_glob(i, &h.to_lowercase())))
+            && rule.size_over.is_none_or(|limit| mail.size.is_some_and(|s| s > limit))
             && rule.expires.is_none_or(|last| mail.today <= day(last))
         {
             return Some(index + 1);
@@ -89,10 +78,7 @@ fn plain_client(item: &str, mail: &Mail) -> bool {
             let length = (length.parse::<usize>().unwrap() + 1).min(network.len());
             client.starts_with(&network[..length])
         }),
-        Err(_) => mail
-            .client_name
-            .as_ref()
-            .is_some_and(|name| plain_glob(item, &name.to_lowercase())),
+        Err(_) => mail.client_name.as_ref().is_some_and(|name| plain_glob(item, &name.to_lowercase())),
     }
 }
 
@@ -120,9 +106,7 @@ fn items() -> impl Strategy<Value = Vec<String>> {
         1 => "\\.[abAB]{1,2}",
         2 => "[ab*?@.]{1,6}",
     ];
-    let item = item.prop_filter("an item that is understood", |i| {
-        i.parse::<AddressPattern>().is_ok()
-    });
+    let item = item.prop_filter("an item that is understood", |i| i.parse::<AddressPattern>().is_ok());
     prop::collection::vec(item, 1..4)
 }
 
@@ -152,18 +136,16 @@ fn plain_rules() -> impl Strategy<Value = Vec<Plain>> {
         prop::option::weighted(0.2, 0u64..4),
         prop::option::weighted(0.2, 1i8..4),
     );
-    let rule = rule.prop_map(
-        |(sender, sender_files, recipient, client, helo, size_over, expires)| Plain {
-            sender,
-            sender_files,
-            // No recipient is the null sender, and saying so is an error.
-            recipient: recipient.map(|r| r.into_iter().map(|i| i.replace("<>", "a")).collect()),
-            client,
-            helo,
-            size_over,
-            expires,
-        },
-    );
+    let rule = rule.prop_map(|(sender, sender_files, recipient, client, helo, size_over, expires)| Plain {
+        sender,
+        sender_files,
+        // No recipient is the null sender, and saying so is an error.
+        recipient: recipient.map(|r| r.into_iter().map(|i| i.replace("<>", "a")).collect()),
+        client,
+        helo,
+        size_over,
+        expires,
+    });
     prop::collection::vec(rule, 0..5)
 }
 
@@ -202,15 +184,9 @@ fn action_of(index: usize) -> (&'static str, Action) {
 fn to_toml(rules: &[Plain]) -> String {
     let mut text = String::from("default = \"defer\"\n");
     for (index, rule) in rules.iter().enumerate() {
-        text += &format!(
-            "[[rule]]\naction = \"{}\"\nreply = \"rule {}\"\n",
-            action_of(index).0,
-            index + 1
-        );
-        let files: Option<Vec<String>> = rule
-            .sender_files
-            .as_ref()
-            .map(|files| files.iter().map(|i| format!("file{i}")).collect());
+        text += &format!("[[rule]]\naction = \"{}\"\nreply = \"rule {}\"\n", action_of(index).0, index + 1);
+        let files: Option<Vec<String>> =
+            rule.sender_files.as_ref().map(|files| files.iter().map(|i| format!("file{i}")).collect());
         let lists = [
             ("sender", &rule.sender),
             ("sender-file", &files),

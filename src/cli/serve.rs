@@ -1,0 +1,33 @@
+//! `usermilter serve`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use tracing::error;
+
+use super::CONFIG;
+use crate::{
+    config::Config,
+    logging::{self, Chain},
+    monitor::{self, MonitorError},
+};
+
+pub(super) fn run(config_path: Option<PathBuf>) -> ExitCode {
+    let config = match Config::load(config_path.as_deref()) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("usermilter: {}", Chain(&error));
+            return ExitCode::from(CONFIG);
+        }
+    };
+    logging::start(&config.log);
+    match monitor::serve(config_path, config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{}", Chain(&error));
+            match error {
+                MonitorError::Config(_) | MonitorError::Bind(_) => ExitCode::from(CONFIG),
+                MonitorError::System { .. } | MonitorError::Worker => ExitCode::FAILURE,
+            }
+        }
+    }
+}

@@ -1,0 +1,434 @@
+//! One milter connection: what the MTA said so far, and the transaction that it makes.
+//!
+//! A connection has any number of transactions. Each goes through [`State`]: none, envelope, message, and back to
+//! none at its end, when it is aborted, and when the next MAIL shows that the last one is over.
+
+use std::{ffi::CStr, future::Future, io, pin::Pin, sync::Arc};
+
+use indymilter::{Actions, Macros, NegotiateContext, ProtoOpts, SocketInfo, Status};
+use tokio::sync::oneshot;
+use tokio_util::{
+    bytes::Bytes,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
+use tracing::{debug, warn};
+
+use super::negotiation;
+use crate::{
+    address::Sender,
+    config::Config,
+    logging::Quoted,
+    pipeline::{Outcome, Pipeline},
+    recipient::Recipient,
+    spool::{Spool, SpoolSettings},
+    transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
+    verdict::Opinion,
+};
+
+/// Most recipients of a transaction. More are accepted and not judged, so that the memory of a connection is bounded.
+const MAX_RECIPIENTS: usize = 10_000;
+
+/// What a connection knows.
+pub(super) struct Session {
+    pipeline: Arc<Pipeline>,
+    settings: Arc<Config>,
+    transactions: TaskTracker,
+    options: ProtoOpts,
+    /// From CONNECT, with an MTA that takes no macro lists.
+    peer: Client,
+    helo: Option<String>,
+    state: State,
+}
+
+/// How far the transaction has come.
+enum State {
+    /// There is none.
+    Idle,
+    /// MAIL was given.
+    Envelope(Box<Transaction>),
+    /// The message is coming.
+    Message(Box<Transaction>, Content),
+}
+
+struct Transaction {
+    envelope: Envelope,
+    /// Host name of the MTA, for the Received header.
+    host: String,
+    recipients: Vec<Recipient>,
+    /// Why nobody is asked about it, if so.
+    unjudged: Option<String>,
+    /// Keeps a draining worker alive.
+    _token: TaskTrackerToken,
+}
+
+enum Content {
+    Spooling(Spool),
+    /// Not kept: larger than `max-message`.
+    TooLarge,
+    /// Not kept: our own trouble.
+    Failed(String),
+}
+
+/// The future of a transaction's outcome.
+pub(super) type OutcomeFuture = Pin<Box<dyn Future<Output = Opinion> + Send>>;
+
+impl Session {
+    pub(super) fn new(pipeline: Arc<Pipeline>, settings: Arc<Config>, transactions: TaskTracker) -> Self {
+        Self {
+            pipeline,
+            settings,
+            transactions,
+            options: ProtoOpts::empty(),
+            peer: Client::default(),
+            helo: None,
+            state: State::Idle,
+        }
+    }
+
+    pub(super) fn negotiate(
+        &mut self,
+        cx: &mut NegotiateContext<Self>,
+        actions: Actions,
+        options: ProtoOpts,
+    ) {
+        let terms = negotiation::terms(actions, options);
+        debug!(?actions, ?options, ?terms, "milter negotiation");
+        self.options = terms.options;
+        cx.requested_actions = terms.actions;
+        cx.requested_opts = terms.options;
+        cx.requested_macros = terms.macros;
+    }
+
+    /// Continue, said or unsaid as negotiated.
+    fn proceed(&self, quiet: ProtoOpts) -> Status {
+        if self.options.contains(quiet) { Status::Noreply } else { Status::Continue }
+    }
+
+    pub(super) fn connect(&mut self, name: &CStr, socket: &SocketInfo) -> Status {
+        self.peer.name = client_name(&name.to_string_lossy());
+        self.peer.address = match socket {
+            SocketInfo::Inet(address) => Some(address.ip().to_canonical()),
+            SocketInfo::Unix(_) | SocketInfo::Unknown => None,
+        };
+        self.peer.is_local = self.peer.address.is_none() && self.peer.name.as_deref() == Some("localhost");
+        self.proceed(ProtoOpts::NOREPLY_CONNECT)
+    }
+
+    /// Comes again after STARTTLS; the last one counts.
+    pub(super) fn helo(&mut self, name: &CStr) -> Status {
+        self.helo = Some(name.to_string_lossy().into_owned());
+        self.proceed(ProtoOpts::NOREPLY_HELO)
+    }
+
+    pub(super) fn mail(&mut self, macros: &Macros, arguments: &[std::ffi::CString]) -> Status {
+        self.abort();
+        let raw = arguments.first().map(|argument| argument.to_bytes()).unwrap_or_default();
+        let parameters: Vec<String> =
+            arguments.iter().skip(1).map(|p| p.to_string_lossy().to_ascii_uppercase()).collect();
+        let size = parameters.iter().find_map(|p| p.strip_prefix("SIZE=")?.parse().ok());
+        let (sender, unjudged) = match Sender::parse(raw) {
+            Ok(sender) => (sender, None),
+            Err(error) => {
+                warn!("sender \"{}\" is not judged: {error}", Quoted(&String::from_utf8_lossy(raw)));
+                (Sender::Null, Some(format!("sender: {error}")))
+            }
+        };
+        let envelope = Envelope {
+            interface: Interface::Milter,
+            queue_id: value(macros, c"i"),
+            client: Arc::new(self.client(macros)),
+            sender,
+            declared_size: size.filter(|size| *size > 0),
+            smtputf8: parameters.iter().any(|p| p == "SMTPUTF8"),
+        };
+        self.state = State::Envelope(Box::new(Transaction {
+            envelope,
+            host: value(macros, c"j").unwrap_or_else(|| "localhost".into()),
+            recipients: Vec::new(),
+            unjudged,
+            _token: self.transactions.token(),
+        }));
+        self.proceed(ProtoOpts::NOREPLY_MAIL)
+    }
+
+    fn client(&self, macros: &Macros) -> Client {
+        let mut client = self.peer.clone();
+        if let Some(address) = value(macros, c"{client_addr}") {
+            // Sendmail writes `IPv6:` in front, as RFC 5321 address literals have it.
+            let bare = address.strip_prefix("IPv6:").unwrap_or(&address);
+            client.address = bare.parse().ok().map(|address: std::net::IpAddr| address.to_canonical());
+        }
+        let name = value(macros, c"{client_name}");
+        if let Some(name) = &name {
+            client.name = client_name(name);
+        }
+        if name.as_deref() == Some("localhost") {
+            // Submission without SMTP: Postfix says port 0, Sendmail has no address.
+            let port = value(macros, c"{client_port}");
+            client.is_local = port.as_deref() == Some("0") || client.address.is_none();
+        }
+        client.helo.clone_from(&self.helo);
+        client.protocol = if self.helo.is_some() { "ESMTP".into() } else { String::new() };
+        client.tls = value(macros, c"{tls_version}");
+        client.sasl = value(macros, c"{auth_authen}").map(|username| Sasl {
+            username,
+            method: value(macros, c"{auth_type}").unwrap_or_default(),
+            sender: value(macros, c"{auth_author}").unwrap_or_default(),
+        });
+        client
+    }
+
+    pub(super) async fn rcpt(&mut self, macros: &Macros, arguments: &[std::ffi::CString]) -> Opinion {
+        let State::Envelope(transaction) = &mut self.state else {
+            // The MTA breaks its own protocol; what it does with the recipient is its affair.
+            return Opinion::Accept;
+        };
+        transaction.note_queue_id(macros);
+        if transaction.recipients.len() >= MAX_RECIPIENTS {
+            transaction.unjudged = Some(format!("more than {MAX_RECIPIENTS} recipients"));
+        }
+        if transaction.unjudged.is_some() {
+            return Opinion::Accept;
+        }
+        let argument = RecipientArgument {
+            raw: arguments.first().map(|a| a.to_bytes().to_vec()).unwrap_or_default(),
+            mailer: value(macros, c"{rcpt_mailer}"),
+            mailbox: value(macros, c"{rcpt_addr}"),
+        };
+        let recipient = self.pipeline.recipient(&transaction.envelope, argument).await;
+        match recipient.known() {
+            Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) => opinion,
+            Some(Opinion::Accept) | None => {
+                transaction.recipients.push(recipient);
+                Opinion::Accept
+            }
+        }
+    }
+
+    /// `Some` if the message is not needed.
+    pub(super) fn data(&mut self, macros: &Macros) -> Option<Opinion> {
+        let State::Envelope(mut transaction) = std::mem::replace(&mut self.state, State::Idle) else {
+            return Some(Opinion::Accept);
+        };
+        transaction.note_queue_id(macros);
+        let Transaction { envelope, recipients, .. } = &*transaction;
+        if let Some(why) = &transaction.unjudged {
+            return Some(self.pipeline.on_trouble(envelope, recipients, why).opinion);
+        }
+        if !Pipeline::needs_message(recipients) {
+            return Some(
+                self.pipeline.without_message(envelope, recipients, "nobody's filter decides").opinion,
+            );
+        }
+        if envelope.declared_size.is_some_and(|size| size > self.settings.filter.max_message.0) {
+            return Some(
+                self.pipeline.without_message(envelope, recipients, "larger than max-message").opinion,
+            );
+        }
+        let content = match self.new_spool(&transaction) {
+            Ok(spool) => Content::Spooling(spool),
+            Err(error) => Content::Failed(self.spool_failed(&error)),
+        };
+        self.state = State::Message(transaction, content);
+        None
+    }
+
+    fn new_spool(&self, transaction: &Transaction) -> io::Result<Spool> {
+        let filter = &self.settings.filter;
+        let settings = SpoolSettings {
+            directory: filter.spool_directory.clone(),
+            memory_limit: filter.memory_limit.0,
+            line_endings: filter.line_endings,
+        };
+        let mut spool = Spool::new(settings, transaction.envelope.declared_size)?;
+        if filter.trace_headers {
+            for (name, value) in transaction.trace_headers() {
+                spool.header(name.as_bytes(), value.as_bytes())?;
+            }
+        }
+        Ok(spool)
+    }
+
+    fn spool_failed(&self, error: &io::Error) -> String {
+        format!("spool {}: {error}", self.settings.filter.spool_directory.display())
+    }
+
+    /// With an MTA that has no DATA stage the message begins without one.
+    fn begin_message(&mut self, macros: &Macros) -> Option<Status> {
+        if let State::Envelope(_) = self.state {
+            return match self.data(macros) {
+                None => None,
+                Some(Opinion::Accept) => Some(Status::Accept),
+                Some(_) => Some(Status::Tempfail),
+            };
+        }
+        None
+    }
+
+    pub(super) async fn header(&mut self, macros: &Macros, name: &CStr, value: &CStr) -> Status {
+        if let Some(status) = self.begin_message(macros) {
+            return if self.options.contains(ProtoOpts::NOREPLY_HEADER) { Status::Noreply } else { status };
+        }
+        let mut value = value.to_bytes().to_vec();
+        if !self.options.contains(ProtoOpts::LEADING_SPACE) {
+            // The MTA has taken one space away.
+            value.insert(0, b' ');
+        }
+        let name = name.to_bytes().to_vec();
+        self.write(move |spool| spool.header(&name, &value)).await;
+        self.proceed(ProtoOpts::NOREPLY_HEADER)
+    }
+
+    pub(super) async fn end_of_headers(&mut self, macros: &Macros) -> Status {
+        if let Some(status) = self.begin_message(macros) {
+            return if self.options.contains(ProtoOpts::NOREPLY_EOH) { Status::Noreply } else { status };
+        }
+        self.write(Spool::end_of_headers).await;
+        self.proceed(ProtoOpts::NOREPLY_EOH)
+    }
+
+    pub(super) async fn body(&mut self, macros: &Macros, chunk: Bytes) -> Status {
+        if let Some(status) = self.begin_message(macros) {
+            return status;
+        }
+        self.write(move |spool| spool.body(&chunk)).await;
+        let limit = self.settings.filter.max_message.0;
+        if let State::Message(_, content) = &mut self.state
+            && matches!(content, Content::Spooling(spool) if spool.size() > limit)
+        {
+            *content = Content::TooLarge;
+        }
+        let is_kept = matches!(self.state, State::Message(_, Content::Spooling(_)));
+        // The rest of the body is of no use then. Elsewhere than here Sendmail takes SKIP for more than it says.
+        if !is_kept && self.options.contains(ProtoOpts::SKIP) { Status::Skip } else { Status::Continue }
+    }
+
+    /// Writes to the spool, off the async threads where that may take time.
+    async fn write(&mut self, write: impl FnOnce(&mut Spool) -> io::Result<()> + Send + 'static) {
+        let State::Message(_, content) = &mut self.state else {
+            return;
+        };
+        let Content::Spooling(mut spool) = std::mem::replace(content, Content::Failed(String::new())) else {
+            return;
+        };
+        let written = if spool.is_on_disk() {
+            let task = tokio::task::spawn_blocking(move || write(&mut spool).map(|()| spool));
+            task.await.unwrap_or_else(|error| Err(io::Error::other(error)))
+        } else {
+            write(&mut spool).map(|()| spool)
+        };
+        let content = match written {
+            Ok(spool) => Content::Spooling(spool),
+            Err(error) => Content::Failed(self.spool_failed(&error)),
+        };
+        if let State::Message(_, slot) = &mut self.state {
+            *slot = content;
+        }
+    }
+
+    /// The outcome may take as long as filters do.
+    pub(super) async fn end_of_message(&mut self, macros: &Macros) -> OutcomeFuture {
+        let _ = self.begin_message(macros);
+        let State::Message(mut transaction, content) = std::mem::replace(&mut self.state, State::Idle) else {
+            return ready(Opinion::Accept);
+        };
+        transaction.note_queue_id(macros);
+        let Transaction { envelope, recipients, .. } = *transaction;
+        let spool = match content {
+            Content::Spooling(spool) => spool,
+            Content::TooLarge => {
+                return ready(
+                    self.pipeline.without_message(&envelope, &recipients, "larger than max-message").opinion,
+                );
+            }
+            Content::Failed(why) => {
+                return ready(self.pipeline.on_trouble(&envelope, &recipients, &why).opinion);
+            }
+        };
+        let finished = if spool.is_on_disk() {
+            let task = tokio::task::spawn_blocking(move || spool.finish());
+            task.await.unwrap_or_else(|error| Err(io::Error::other(error)))
+        } else {
+            spool.finish()
+        };
+        match finished {
+            Ok(message) => {
+                let outcome = self.pipeline.message(envelope, recipients, message);
+                let trouble = self.pipeline.opinion_on_trouble();
+                Box::pin(wait_for(outcome, trouble))
+            }
+            Err(error) => {
+                let why = self.spool_failed(&error);
+                ready(self.pipeline.on_trouble(&envelope, &recipients, &why).opinion)
+            }
+        }
+    }
+
+    /// Forgets the transaction, if there is one.
+    pub(super) fn abort(&mut self) -> Status {
+        self.state = State::Idle;
+        Status::Continue
+    }
+}
+
+async fn wait_for(outcome: oneshot::Receiver<Outcome>, trouble: Opinion) -> Opinion {
+    outcome.await.map_or(trouble, |outcome| outcome.opinion)
+}
+
+fn ready(opinion: Opinion) -> OutcomeFuture {
+    Box::pin(std::future::ready(opinion))
+}
+
+impl Transaction {
+    /// Postfix gives the queue id when the first recipient was accepted, Sendmail only at MAIL.
+    fn note_queue_id(&mut self, macros: &Macros) {
+        if self.envelope.queue_id.is_none() {
+            self.envelope.queue_id = value(macros, c"i");
+        }
+    }
+
+    /// What a delivery agent would see on top of the message. No recipient is named: others read the same file.
+    fn trace_headers(&self) -> [(&'static str, String); 2] {
+        let client = &self.envelope.client;
+        let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+        let date = jiff::fmt::rfc2822::to_string(&now).unwrap_or_default();
+        let helo = client.helo.as_deref().unwrap_or("unknown");
+        let name = client.name.as_deref().unwrap_or("unknown");
+        let address = match client.address {
+            Some(std::net::IpAddr::V6(address)) => format!("IPv6:{address}"),
+            Some(address) => address.to_string(),
+            None => "unknown".into(),
+        };
+        let with = match (&client.tls, &client.sasl) {
+            (Some(_), Some(_)) => "ESMTPSA",
+            (Some(_), None) => "ESMTPS",
+            (None, Some(_)) => "ESMTPA",
+            (None, None) => "ESMTP",
+        };
+        let received = format!(
+            " from {} ({} [{address}])\n\tby {} (usermilter) with {with} id {};\n\t{date}",
+            token(helo),
+            token(name),
+            token(&self.host),
+            token(self.envelope.queue_id()),
+        );
+        [("Return-Path", format!(" <{}>", self.envelope.sender)), ("Received", received)]
+    }
+}
+
+/// A stranger's word as one atom of a header: nothing that could end it.
+fn token(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() || matches!(c, ' ' | '(' | ')' | '\\' | '"' | ';') { '?' } else { c })
+        .collect()
+}
+
+/// A name that the MTA has verified. It writes `unknown`, or the address in brackets, where it has none.
+fn client_name(name: &str) -> Option<String> {
+    (!name.is_empty() && name != "unknown" && !name.starts_with('[')).then(|| name.to_owned())
+}
+
+fn value(macros: &Macros, name: &CStr) -> Option<String> {
+    let value = macros.get(name)?.to_string_lossy();
+    (!value.is_empty()).then(|| value.into_owned())
+}
