@@ -68,7 +68,7 @@ impl Holdings {
         let rules = inspection.rules.take().and_then(|source| {
             let file = |name: &str| source.sender_files.iter().find(|(n, _)| n == name).map(|(_, text)| text.clone());
             match Rules::parse(&source.text, file) {
-                Ok(rules) => Some(rules).filter(|rules| !rules.is_empty()),
+                Ok(rules) => Some(rules),
                 Err(error) => {
                     warn!(user = %user.name, "rules ignored: rules.toml:{}", Quoted(&Chain(&error).to_string()));
                     None

@@ -17,9 +17,10 @@
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
 //! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`]: what their users have, and how it is asked;
-//! * [`recipient`], [`verdict`], [`reply`]: what comes of it.
+//! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`]: what comes of it.
 
 pub mod address;
+pub mod ballot;
 pub mod cli;
 pub mod config;
 pub mod environment;
@@ -31,9 +32,11 @@ pub mod monitor;
 pub mod pipeline;
 pub mod policy;
 pub mod recipient;
+pub mod record;
 pub mod reply;
 pub mod resolver;
 pub mod rules;
+pub mod ruling;
 pub mod spool;
 pub mod sys;
 pub mod transaction;

@@ -6,7 +6,6 @@
 use std::{ffi::CStr, future::Future, io, pin::Pin, sync::Arc};
 
 use indymilter::{Actions, Macros, NegotiateContext, ProtoOpts, SocketInfo, Status};
-use tokio::sync::oneshot;
 use tokio_util::{
     bytes::Bytes,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
@@ -16,10 +15,10 @@ use tracing::{debug, warn};
 use super::negotiation;
 use crate::{
     address::Sender,
-    config::Config,
+    config::{Config, Mixed},
     logging::Quoted,
     pipeline::{Outcome, Pipeline},
-    recipient::Recipient,
+    recipient::{FilterSet, Recipient},
     spool::{Spool, SpoolSettings},
     transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::Opinion,
@@ -34,6 +33,8 @@ pub(super) struct Session {
     settings: Arc<Config>,
     transactions: TaskTracker,
     options: ProtoOpts,
+    /// Whether the MTA lets us delete recipients and add others.
+    can_change_recipients: bool,
     /// From CONNECT, with an MTA that takes no macro lists.
     peer: Client,
     helo: Option<String>,
@@ -55,6 +56,8 @@ struct Transaction {
     /// Host name of the MTA, for the Received header.
     host: String,
     recipients: Vec<Recipient>,
+    /// The filters that judge the first recipient.
+    first: Option<FilterSet>,
     /// Why nobody is asked about it, if so.
     unjudged: Option<String>,
     /// Keeps a draining worker alive.
@@ -70,7 +73,7 @@ enum Content {
 }
 
 /// The future of a transaction's outcome.
-pub(super) type OutcomeFuture = Pin<Box<dyn Future<Output = Opinion> + Send>>;
+pub(super) type OutcomeFuture = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 impl Session {
     pub(super) fn new(pipeline: Arc<Pipeline>, settings: Arc<Config>, transactions: TaskTracker) -> Self {
@@ -79,6 +82,7 @@ impl Session {
             settings,
             transactions,
             options: ProtoOpts::empty(),
+            can_change_recipients: false,
             peer: Client::default(),
             helo: None,
             state: State::Idle,
@@ -91,7 +95,12 @@ impl Session {
         actions: Actions,
         options: ProtoOpts,
     ) {
-        let terms = negotiation::terms(actions, options);
+        let wants_changes = self.settings.verdicts.mixed != Mixed::Deliver;
+        let terms = negotiation::terms(actions, options, wants_changes);
+        self.can_change_recipients = terms.actions.contains(negotiation::CHANGE_RECIPIENTS);
+        if wants_changes && !self.can_change_recipients {
+            warn!("verdict.mixed: this MTA lets nobody change recipients, so refusers' copies are delivered");
+        }
         debug!(?actions, ?options, ?terms, "milter negotiation");
         self.options = terms.options;
         cx.requested_actions = terms.actions;
@@ -145,6 +154,7 @@ impl Session {
             envelope,
             host: value(macros, c"j").unwrap_or_else(|| "localhost".into()),
             recipients: Vec::new(),
+            first: None,
             unjudged,
             _token: self.transactions.token(),
         }));
@@ -195,7 +205,8 @@ impl Session {
             mailer: value(macros, c"{rcpt_mailer}"),
             mailbox: value(macros, c"{rcpt_addr}"),
         };
-        let recipient = self.pipeline.recipient(&transaction.envelope, argument).await;
+        let recipient =
+            self.pipeline.recipient(&transaction.envelope, argument, &mut transaction.first).await;
         match recipient.known() {
             Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) => opinion,
             Some(Opinion::Accept) | None => {
@@ -215,7 +226,7 @@ impl Session {
         if let Some(why) = &transaction.unjudged {
             return Some(self.pipeline.on_trouble(envelope, recipients, why).opinion);
         }
-        if !Pipeline::needs_message(recipients) {
+        if !self.pipeline.needs_message(recipients, self.can_change_recipients) {
             return Some(
                 self.pipeline.without_message(envelope, recipients, "nobody's filter decides").opinion,
             );
@@ -330,19 +341,21 @@ impl Session {
     pub(super) async fn end_of_message(&mut self, macros: &Macros) -> OutcomeFuture {
         let _ = self.begin_message(macros);
         let State::Message(mut transaction, content) = std::mem::replace(&mut self.state, State::Idle) else {
-            return ready(Opinion::Accept);
+            return ready(Outcome { opinion: Opinion::Accept, changes: Vec::new() });
         };
         transaction.note_queue_id(macros);
         let Transaction { envelope, recipients, .. } = *transaction;
         let spool = match content {
             Content::Spooling(spool) => spool,
             Content::TooLarge => {
-                return ready(
-                    self.pipeline.without_message(&envelope, &recipients, "larger than max-message").opinion,
-                );
+                return ready(self.pipeline.without_message(
+                    &envelope,
+                    &recipients,
+                    "larger than max-message",
+                ));
             }
             Content::Failed(why) => {
-                return ready(self.pipeline.on_trouble(&envelope, &recipients, &why).opinion);
+                return ready(self.pipeline.on_trouble(&envelope, &recipients, &why));
             }
         };
         let finished = if spool.is_on_disk() {
@@ -353,13 +366,14 @@ impl Session {
         };
         match finished {
             Ok(message) => {
-                let outcome = self.pipeline.message(envelope, recipients, message);
-                let trouble = self.pipeline.opinion_on_trouble();
-                Box::pin(wait_for(outcome, trouble))
+                let outcome =
+                    self.pipeline.message(envelope, recipients, message, self.can_change_recipients);
+                let trouble = Outcome { opinion: self.pipeline.opinion_on_trouble(), changes: Vec::new() };
+                Box::pin(async { outcome.await.unwrap_or(trouble) })
             }
             Err(error) => {
                 let why = self.spool_failed(&error);
-                ready(self.pipeline.on_trouble(&envelope, &recipients, &why).opinion)
+                ready(self.pipeline.on_trouble(&envelope, &recipients, &why))
             }
         }
     }
@@ -371,12 +385,8 @@ impl Session {
     }
 }
 
-async fn wait_for(outcome: oneshot::Receiver<Outcome>, trouble: Opinion) -> Opinion {
-    outcome.await.map_or(trouble, |outcome| outcome.opinion)
-}
-
-fn ready(opinion: Opinion) -> OutcomeFuture {
-    Box::pin(std::future::ready(opinion))
+fn ready(outcome: Outcome) -> OutcomeFuture {
+    Box::pin(std::future::ready(outcome))
 }
 
 impl Transaction {

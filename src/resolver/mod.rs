@@ -147,7 +147,8 @@ impl Chain {
         Ok(all)
     }
 
-    fn is_our_domain(&self, address: &Address) -> bool {
+    /// Whether the address has one of our domains, or none.
+    pub fn is_our_domain(&self, address: &Address) -> bool {
         address.domain().is_none_or(|domain| self.domains.iter().any(|ours| ours == domain))
     }
 

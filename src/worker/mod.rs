@@ -23,6 +23,9 @@ pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
 use crate::{config::Config, logging::Chain, milter, pipeline::Pipeline, policy, sys};
 
+/// How often files of the configuration (aliases, passwd-files) are looked at.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+
 /// What the worker has from the monitor.
 #[derive(Debug)]
 pub struct Inherited {
@@ -124,6 +127,7 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     let drain = monitor.drain();
 
     let milter = milter::Service::new(Arc::clone(&pipeline), &settings, transactions.clone());
+    let policy = Arc::new(policy::Service::new(Arc::clone(&pipeline)));
     let milter_connections = TaskTracker::new();
     let policy_connections = TaskTracker::new();
     let limit = settings.server.max_connections;
@@ -137,11 +141,12 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     }
     for socket in inherited.policy {
         let listener = Listener::new(socket).map_err(system("policy socket"))?;
-        let (pipeline, tracker, drain) = (Arc::clone(&pipeline), policy_connections.clone(), drain.clone());
+        let (service, tracker, drain) = (Arc::clone(&policy), policy_connections.clone(), drain.clone());
         acceptors.push(tokio::spawn(accept_loop(listener, "policy", limit, tracker, move |stream| {
-            policy::serve(Arc::clone(&pipeline), stream, drain.clone())
+            policy::serve(Arc::clone(&service), stream, drain.clone())
         })));
     }
+    tokio::spawn(refresh(Arc::clone(&pipeline)));
     monitor.ready().await.map_err(system("telling the monitor"))?;
 
     let mode = wait_for_drain(drain.clone()).await;
@@ -173,6 +178,15 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     // The socket stays open to the last, so that the monitor sees an orderly exit.
     std::mem::forget(monitor);
     Ok(())
+}
+
+/// Re-reads what administrators change, off the async threads, since a file system can hang.
+async fn refresh(pipeline: Arc<Pipeline>) {
+    loop {
+        tokio::time::sleep(REFRESH_INTERVAL).await;
+        let pipeline = Arc::clone(&pipeline);
+        let _ = tokio::task::spawn_blocking(move || pipeline.refresh()).await;
+    }
 }
 
 async fn wait_for_drain(mut drain: watch::Receiver<Option<Drain>>) -> Drain {
