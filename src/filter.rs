@@ -67,6 +67,8 @@ pub struct Answer {
     pub is_error: bool,
     /// How long it ran.
     pub elapsed: Duration,
+    /// What it wrote to standard output.
+    pub output: String,
     /// What it wrote to standard error.
     pub error_output: String,
 }
@@ -226,13 +228,19 @@ impl Filters {
     }
 
     fn judge(&self, finished: &Finished, smtputf8: bool) -> Answer {
-        let elapsed = finished.ended.elapsed;
+        let output = String::from_utf8_lossy(&finished.output).into_owned();
         let error_output = String::from_utf8_lossy(&finished.error_output).into_owned();
+        let answer = self.judge_end(finished, &output, smtputf8);
+        Answer { output, error_output, ..answer }
+    }
+
+    fn judge_end(&self, finished: &Finished, text: &str, smtputf8: bool) -> Answer {
+        let elapsed = finished.ended.elapsed;
         match &finished.refusal {
             None => (),
             // Gone since the user was inspected: as if there had been none.
             Some(Refusal::NoFilter | Refusal::NoUser) => {
-                return Answer { error_output, ..accepted("filter is gone".into(), elapsed) };
+                return accepted("filter is gone".into(), elapsed);
             }
             Some(Refusal::Check(why)) => return self.error(format!("not run: {why}"), elapsed),
         }
@@ -240,10 +248,10 @@ impl Filters {
             End::Exited(status) => status,
             End::Signaled(signal) => {
                 let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |s| s.as_str());
-                return Answer { error_output, ..self.error(format!("killed by {name}"), elapsed) };
+                return self.error(format!("killed by {name}"), elapsed);
             }
             End::TimedOut => {
-                return Answer { error_output, ..self.error("timed out".into(), elapsed) };
+                return self.error("timed out".into(), elapsed);
             }
             End::NotStarted(errno) => {
                 let why = nix::errno::Errno::from_raw(errno).desc();
@@ -253,21 +261,18 @@ impl Filters {
         let overridden = u8::try_from(status).ok().and_then(|s| self.settings.exit_status.get(&s));
         let meaning =
             overridden.map_or_else(|| Meaning::of_status(status), |verdict| Meaning::Verdict(*verdict));
-        let text = String::from_utf8_lossy(&finished.output);
         let opinion = match meaning {
-            Meaning::Error => {
-                return Answer { error_output, ..self.error(format!("exit {status}"), elapsed) };
-            }
+            Meaning::Error => return self.error(format!("exit {status}"), elapsed),
             Meaning::AcceptFinally | Meaning::Verdict(Verdict::Accept) => Opinion::Accept,
             Meaning::Verdict(Verdict::Reject) => {
-                Opinion::Reject(Reply::from_text(Verdict::Reject, &text, smtputf8))
+                Opinion::Reject(Reply::from_text(Verdict::Reject, text, smtputf8))
             }
             Meaning::Verdict(Verdict::Defer) => {
-                Opinion::Defer(Reply::from_text(Verdict::Defer, &text, smtputf8))
+                Opinion::Defer(Reply::from_text(Verdict::Defer, text, smtputf8))
             }
         };
         let is_final = meaning == Meaning::AcceptFinally;
-        Answer { opinion, is_final, error_output, ..accepted(format!("exit {status}"), elapsed) }
+        Answer { opinion, is_final, ..accepted(format!("exit {status}"), elapsed) }
     }
 
     fn error(&self, why: String, elapsed: Duration) -> Answer {
@@ -286,6 +291,7 @@ fn accepted(status: String, elapsed: Duration) -> Answer {
         status,
         is_error: false,
         elapsed,
+        output: String::new(),
         error_output: String::new(),
     }
 }

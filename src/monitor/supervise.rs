@@ -82,22 +82,19 @@ fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
 /// [`MonitorError`] if it can't start; later trouble is logged and lived with.
 pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), MonitorError> {
     let listeners = Listeners::bind(&config.server, &Listeners::default())?;
-    let signals = block_signals()?;
-    let mut monitor = Monitor {
-        config_path,
-        signals,
-        jobs: Jobs::default(),
-        workers: Vec::new(),
-        settings: Arc::new(config),
-        listeners,
-        next_id: 0,
-        restart: Restart { pause: BACKOFF.0, at: None },
-        stopping: None,
-        served: false,
-        buffer: vec![0; MAX_PACKET],
-    };
-    monitor.start_worker(Arc::clone(&monitor.settings), monitor.listeners.clone(), Role::Serving)?;
-    monitor.run()
+    Monitor::start(config_path, config, listeners, Box::new(worker::start))?.run().map(drop)
+}
+
+/// Runs one worker to its end, without sockets, and serves its requests as those of any worker: for commands that
+/// show what the daemon would do. Returns the worker's exit status.
+///
+/// # Errors
+///
+/// [`MonitorError`] if it can't start, or ends without a status.
+pub fn run_once(config: Config, body: impl Fn(Inherited) -> i32 + 'static) -> Result<i32, MonitorError> {
+    let mut monitor = Monitor::start(None, config, Listeners::default(), Box::new(body))?;
+    monitor.runs_once = true;
+    monitor.run()?.ok_or(MonitorError::Worker)
 }
 
 fn block_signals() -> Result<SignalFd, MonitorError> {
@@ -108,6 +105,9 @@ fn block_signals() -> Result<SignalFd, MonitorError> {
     signals.thread_block().map_err(system("sigprocmask"))?;
     SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(system("signalfd"))
 }
+
+/// What a worker process does. Returns its exit status.
+type Body = Box<dyn Fn(Inherited) -> i32>;
 
 struct Monitor {
     config_path: Option<PathBuf>,
@@ -125,6 +125,11 @@ struct Monitor {
     served: bool,
     /// Room for one packet.
     buffer: Vec<u8>,
+    body: Body,
+    /// Whether the end of the worker is the end of it all.
+    runs_once: bool,
+    /// The worker's exit status, then.
+    status: Option<i32>,
 }
 
 /// When a dead worker is followed by another.
@@ -156,7 +161,34 @@ enum Role {
 }
 
 impl Monitor {
-    fn run(&mut self) -> Result<(), MonitorError> {
+    fn start(
+        config_path: Option<PathBuf>,
+        config: Config,
+        listeners: Listeners,
+        body: Body,
+    ) -> Result<Self, MonitorError> {
+        let mut monitor = Self {
+            config_path,
+            signals: block_signals()?,
+            jobs: Jobs::default(),
+            workers: Vec::new(),
+            settings: Arc::new(config),
+            listeners,
+            next_id: 0,
+            restart: Restart { pause: BACKOFF.0, at: None },
+            stopping: None,
+            served: false,
+            buffer: vec![0; MAX_PACKET],
+            body,
+            runs_once: false,
+            status: None,
+        };
+        monitor.start_worker(Arc::clone(&monitor.settings), monitor.listeners.clone(), Role::Serving)?;
+        Ok(monitor)
+    }
+
+    /// Returns the worker's exit status if it [runs once](Monitor::runs_once).
+    fn run(&mut self) -> Result<Option<i32>, MonitorError> {
         loop {
             self.wait()?;
             self.handle_signals()?;
@@ -164,7 +196,7 @@ impl Monitor {
             self.handle_time()?;
             if self.stopping.is_some() && self.workers.is_empty() && self.jobs.is_empty() {
                 info!("stopped");
-                return Ok(());
+                return Ok(self.status);
             }
         }
     }
@@ -235,6 +267,13 @@ impl Monitor {
 
     fn worker_ended(&mut self, worker: Worker, status: WaitStatus) -> Result<(), MonitorError> {
         self.jobs.end_of_worker(worker.id);
+        if self.runs_once {
+            self.stopping = Some(Instant::now() + DRAIN_MARGIN);
+            if let WaitStatus::Exited(_, status) = status {
+                self.status = Some(status);
+            }
+            return Ok(());
+        }
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
             Role::Candidate => {
@@ -380,7 +419,7 @@ impl Monitor {
         let (milter, policy): (Vec<RawFd>, Vec<RawFd>) = (raw(&listeners.milter), raw(&listeners.policy));
         let pid = sys::fork(|| {
             self.forget_all_but(&listeners);
-            worker::start(Inherited {
+            (self.body)(Inherited {
                 settings: Arc::clone(&settings),
                 monitor,
                 // The owners of these are the parent's; in this process they are never dropped.

@@ -4,7 +4,7 @@
 mod accept;
 mod channel;
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{future::Future, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use nix::{
     sys::{
@@ -62,13 +62,31 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
+    in_runtime(inherited, async |inherited| serve(inherited).await.map(|()| 0))
+}
+
+/// The same for a worker that serves nobody: drops its privileges, then does what a command wants.
+pub fn start_for_command<F>(inherited: Inherited, command: impl FnOnce(Arc<Config>, Arc<Monitor>) -> F) -> i32
+where
+    F: Future<Output = i32>,
+{
+    in_runtime(inherited, async |inherited| {
+        let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+        monitor.ready().await.map_err(system("telling the monitor"))?;
+        let status = command(inherited.settings, Arc::clone(&monitor)).await;
+        std::mem::forget(monitor);
+        Ok(status)
+    })
+}
+
+fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<i32, WorkerError>) -> i32 {
     let outcome = prepare_process(&inherited).and_then(|()| {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
-        runtime.block_on(serve(inherited))
+        runtime.block_on(body(inherited))
     });
     match outcome {
-        Ok(()) => 0,
+        Ok(status) => status,
         Err(error) => {
             error!("worker: {}", Chain(&error));
             1
