@@ -194,7 +194,7 @@ impl Pipeline {
         address: &Address,
         resolved: resolver::ResolvedUser,
     ) -> Judge {
-        let resolver::ResolvedUser { user, address: final_address, extension } = resolved;
+        let resolver::ResolvedUser { user, address: final_address, extension, directory_rules } = resolved;
         let holdings = match self.inspector.holdings(&user).await {
             Ok(holdings) => holdings,
             Err(error) => {
@@ -202,12 +202,17 @@ impl Pipeline {
                 warn!("{}: user {}: {}", envelope.queue_id(), user.name, Quoted(&why));
                 let opinion = self.opinion_on_error(None);
                 let decided = Some(Decision { opinion, by: format!("not asked: {why}") });
-                return Judge { user, address: final_address, extension, holdings: Arc::default(), decided };
+                let holdings = Arc::default();
+                return Judge { user, address: final_address, extension, directory_rules, holdings, decided };
             }
         };
+        let size = envelope.declared_size;
+        let by_directory =
+            directory_rules.as_ref().and_then(|r| ruling::decide(r, "directory ", envelope, address, size));
         let rules = holdings.rules.as_ref();
-        let decided = rules.and_then(|r| ruling::decide(r, "", envelope, address, envelope.declared_size));
-        let mut judge = Judge { user, address: final_address, extension, holdings, decided };
+        let decided =
+            by_directory.or_else(|| rules.and_then(|r| ruling::decide(r, "", envelope, address, size)));
+        let mut judge = Judge { user, address: final_address, extension, directory_rules, holdings, decided };
         if judge.decided.is_none() {
             judge.decided = self.ask_recipient_filter(envelope, argument, &judge).await;
         }

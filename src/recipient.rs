@@ -54,6 +54,8 @@ pub struct Judge {
     pub address: Address,
     /// Its extension.
     pub extension: Option<String>,
+    /// The user's lists of senders in the directory, asked before the user's rules.
+    pub directory_rules: Option<Arc<Rules>>,
     /// What the user has.
     pub holdings: Arc<Holdings>,
     /// What is decided before the message is seen.
@@ -172,9 +174,11 @@ mod tests {
                 user: User {
                     name: UserName::try_from("alice".to_owned()).unwrap(),
                     account: crate::user::Account::Passwd,
+                    program: None,
                 },
                 address: Address::parse(b"alice@example.org").unwrap(),
                 extension: None,
+                directory_rules: None,
                 holdings: Arc::new(Holdings { rules: Some(rules), ..Holdings::default() }),
                 decided: None,
             };

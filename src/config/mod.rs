@@ -170,6 +170,15 @@ pub struct Filter {
     pub virtual_homes: Vec<PathBuf>,
     /// No filter runs as a user below.
     pub min_uid: u32,
+    /// Where programs lie, owned by root, that a directory entry may name as a user's filter.
+    #[serde(deserialize_with = "absolute_paths")]
+    pub program_directories: Vec<PathBuf>,
+    /// The message filter of users who have none of their own, owned by root.
+    #[serde(deserialize_with = "absolute_path")]
+    pub default_message: Option<PathBuf>,
+    /// The `recipient` executable of users who have none of their own, owned by root.
+    #[serde(deserialize_with = "absolute_path")]
+    pub default_recipient: Option<PathBuf>,
     /// Line endings of what a filter reads.
     pub line_endings: LineEndings,
     /// Whether Return-Path and Received are put on top.
@@ -414,6 +423,9 @@ impl Default for Filter {
             virtual_uids: IdRange { first: 5000, last: 5999 },
             virtual_homes: vec!["/var/vmail".into()],
             min_uid: min_uid(),
+            program_directories: vec!["/usr/lib/usermilter/filters".into()],
+            default_message: None,
+            default_recipient: None,
             line_endings: LineEndings::Lf,
             trace_headers: true,
         }
@@ -464,6 +476,15 @@ fn absolute_paths<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<V
         Some(path) => {
             Err(serde::de::Error::custom(format!("\"{}\": expected an absolute path", path.display())))
         }
+    }
+}
+
+fn absolute_path<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    if path.is_absolute() {
+        Ok(Some(path))
+    } else {
+        Err(serde::de::Error::custom(format!("\"{}\": expected an absolute path", path.display())))
     }
 }
 

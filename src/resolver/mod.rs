@@ -9,9 +9,12 @@ mod passwd;
 pub mod passwd_file;
 pub mod source;
 
+use std::sync::Arc;
+
 use crate::{
     address::Address,
     config::{OnError, Recipients, ResolverConfig},
+    rules::Rules,
     user::{Account, User, UserName},
 };
 use aliases::{Aliases, Leaf};
@@ -19,7 +22,7 @@ use passwd::Passwd;
 use passwd_file::PasswdFile;
 
 /// The users of an address.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Resolution {
     /// Those who can be asked.
     pub users: Vec<ResolvedUser>,
@@ -39,7 +42,7 @@ impl Resolution {
 }
 
 /// One user, and by which address.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ResolvedUser {
     /// The user.
     pub user: User,
@@ -47,6 +50,8 @@ pub struct ResolvedUser {
     pub address: Address,
     /// The extension that was not part of the user's name, in lower case.
     pub extension: Option<String>,
+    /// The user's lists of senders in the directory.
+    pub directory_rules: Option<Arc<Rules>>,
 }
 
 /// A resolver could not be asked.
@@ -78,7 +83,7 @@ enum Resolver {
 
 /// What one resolver says of one name.
 enum Lookup {
-    User(User),
+    User(User, Option<Arc<Rules>>),
     Unjudged(String),
     NotFound,
 }
@@ -161,9 +166,10 @@ impl Chain {
                 match resolver.lookup(&local.to_lowercase(), address.domain()).await? {
                     Lookup::NotFound => (),
                     Lookup::Unjudged(why) => return Ok(Resolution::unjudged(why)),
-                    Lookup::User(user) => {
+                    Lookup::User(user, directory_rules) => {
                         let extension = extension.map(str::to_lowercase);
-                        let user = ResolvedUser { user, address: address.clone(), extension };
+                        let user =
+                            ResolvedUser { user, address: address.clone(), extension, directory_rules };
                         return Ok(Resolution { users: vec![user], unjudged: None });
                     }
                 }
@@ -184,7 +190,9 @@ impl Resolver {
                     return Ok(Lookup::NotFound);
                 };
                 match passwd.lookup(local).await {
-                    Ok(passwd::Answer::Found) => Ok(Lookup::User(User { name, account: Account::Passwd })),
+                    Ok(passwd::Answer::Found) => {
+                        Ok(Lookup::User(User { name, account: Account::Passwd, program: None }, None))
+                    }
                     Ok(passwd::Answer::System) => {
                         Ok(Lookup::Unjudged(format!("{local} is a system account")))
                     }
@@ -196,7 +204,7 @@ impl Resolver {
                 passwd_file::Answer::Found(entry) => match UserName::try_from(entry.name) {
                     Ok(name) => {
                         let account = Account::Virtual { uid: entry.uid, gid: entry.gid, home: entry.home };
-                        Ok(Lookup::User(User { name, account }))
+                        Ok(Lookup::User(User { name, account, program: None }, None))
                     }
                     Err(why) => unavailable("passwd-file", why),
                 },
