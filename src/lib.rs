@@ -3,5 +3,6 @@
 pub mod address;
 pub mod config;
 pub mod reply;
+pub mod resolver;
 pub mod user;
 pub mod verdict;

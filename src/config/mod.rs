@@ -3,6 +3,8 @@
 //! [`Config::load`] is the only way to get one from a file; after it no code checks a setting again.
 
 mod error;
+pub mod ldap;
+mod template;
 mod values;
 
 use std::{
@@ -112,6 +114,8 @@ pub enum ResolverConfig {
         /// The file.
         path: PathBuf,
     },
+    /// A directory.
+    Ldap(Box<ldap::LdapConfig>),
 }
 
 /// `[filter]`

@@ -1,0 +1,3 @@
+//! Who an address is.
+
+pub mod ldap;
