@@ -301,7 +301,8 @@ impl LdapUri {
         self.0.scheme() == "ldap"
     }
 
-    fn is_tls(&self) -> bool {
+    /// Whether the connection is encrypted from the start.
+    pub fn is_tls(&self) -> bool {
         self.0.scheme() == "ldaps"
     }
 
