@@ -157,8 +157,9 @@ impl Servers {
         if now < outage.until {
             return Err(NoEntries::Outage(outage.reason.clone()));
         }
-        // This question is the try; the others need not wait for it.
-        outage.until = now + self.config.timeout.0.max(outage.back_off);
+        // This question is the try; the others need not wait for it. It connects to each server, binds, and searches.
+        let steps = u32::try_from(2 * self.config.uri.len() + 1).unwrap_or(u32::MAX);
+        outage.until = now + self.config.timeout.0.saturating_mul(steps);
         state.failures.fill(None);
         Ok(Admission::Try)
     }
