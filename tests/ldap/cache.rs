@@ -44,22 +44,27 @@ async fn a_thousand_questions_at_once_about_one_address_are_one_search() {
 
 #[tokio::test]
 async fn a_thousand_questions_about_as_many_addresses_share_one_connection() {
-    // slapd ends anonymous sessions with more than 100 searches pending: it must not come to that.
     let slapd = Slapd::start(&Setup {
         acl: Some("access to * by * read\n"),
         ..Setup::default()
     });
     let resolver = Arc::new(resolver(&section(&[slapd.ldap()], "")));
+    found(&resolver, "alice@example.org").await;
+    // slapd ends anonymous sessions that have more than 100 searches pending, as one that was asked too much while it
+    // was busy would.
+    slapd.pause();
     let mut questions = JoinSet::new();
     for number in 0..1000 {
         let resolver = Arc::clone(&resolver);
         questions.spawn(async move { ask(&resolver, &format!("u{number}@example.org")).await });
     }
+    sleep(Duration::from_millis(100)).await;
+    slapd.resume();
     for answer in questions.join_all().await {
         assert_eq!(answer, Ok(LdapAnswer::NotFound));
     }
-    assert_eq!(slapd.searches("@example.org"), 1000);
-    assert!(slapd.logged("ACCEPT from") <= 2, "ours, and the harness's");
+    assert_eq!(slapd.searches("mail=u"), 1000);
+    assert_eq!(slapd.logged("ACCEPT from"), 2, "ours, and the harness's");
 }
 
 #[tokio::test]

@@ -136,7 +136,8 @@ async fn a_wrong_password_is_an_outage_that_is_tried_now_and_then_and_never_logg
         .with_max_level(tracing::Level::TRACE)
         .with_writer(log.clone())
         .finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    // For all threads: what other tests log meanwhile does not matter.
+    tracing::subscriber::set_global_default(subscriber).unwrap();
 
     let slapd = Slapd::start(&Setup::default());
     let password = "not-the-passw0rd";
