@@ -66,7 +66,7 @@ async fn the_sample_entries_are_a_user_a_user_by_defaults_and_an_alias() {
 async fn the_home_by_default_is_that_of_the_entry_however_the_address_is_spelt() {
     let slapd = Slapd::start(&Setup::default());
     let resolver = forgetful(&slapd);
-    // A directory compares without case and with compatibility forms folded (RFC 4518).
+    // A directory compares without case (RFC 4518).
     for spelling in ["BOB@Example.ORG", "Bob@example.org"] {
         let Account::Virtual { home, .. } = found(&resolver, spelling).await.user.account else {
             panic!()

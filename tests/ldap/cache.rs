@@ -10,7 +10,7 @@ use crate::{
     slapd::{Setup, Slapd},
 };
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_questions_at_once_about_one_address_are_one_search() {
     let slapd = Slapd::start(&Setup::default());
     let resolver = Arc::new(resolver(&section(&[slapd.ldap()], &credentials(&slapd))));
@@ -42,7 +42,7 @@ async fn a_thousand_questions_at_once_about_one_address_are_one_search() {
     assert_eq!((counters.searches, counters.unavailable), (2, 0));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_questions_about_as_many_addresses_share_one_connection() {
     let slapd = Slapd::start(&Setup {
         acl: Some("access to * by * read\n"),

@@ -6,10 +6,10 @@ use std::{
 };
 
 use tokio::{task::JoinSet, time::sleep};
-use usermilter::resolver::ldap::{LdapAnswer, LdapResolver, Source, Unavailable};
+use usermilter::resolver::ldap::{LdapAnswer, LdapResolver, Source, Timing, Unavailable};
 
 use crate::{
-    TIMEOUT, TIMING, address, ask, credentials, forgetful, found, resolver, section,
+    TIMEOUT, TIMING, address, ask, credentials, forgetful, found, parse, resolver, section,
     slapd::{Setup, Slapd, free_port},
     unavailable,
 };
@@ -108,6 +108,41 @@ async fn a_server_that_was_restarted_is_asked_again_as_if_nothing_had_been() {
         slapd.restart();
     }
     assert_eq!(resolver.cache_counters().unavailable, 0);
+}
+
+#[tokio::test]
+async fn a_connection_that_was_long_unused_is_replaced_before_it_can_fail() {
+    let slapd = Slapd::start(&Setup::default());
+    let keys = format!("{}cache-ttl = \"0s\"", credentials(&slapd));
+    let mut config = parse(&section(&[slapd.ldap()], &keys));
+    config.load_secrets().unwrap();
+    let timing = Timing {
+        idle_limit: Duration::from_millis(100),
+        ..TIMING
+    };
+    let resolver = LdapResolver::with_timing(config, timing);
+    for _ in 0..3 {
+        found(&resolver, "alice@example.org").await;
+        found(&resolver, "alice@example.org").await;
+        sleep(Duration::from_millis(150)).await;
+    }
+    assert_eq!(slapd.logged(" method=128"), 3, "three binds for six searches");
+}
+
+#[tokio::test]
+async fn a_question_that_is_given_up_leaves_nothing_behind() {
+    let slapd = Slapd::start(&Setup::default());
+    let resolver = forgetful(&slapd);
+    slapd.pause();
+    let given_up = tokio::time::timeout(TIMEOUT / 10, ask(&resolver, "alice@example.org")).await;
+    assert!(given_up.is_err());
+    slapd.resume();
+    found(&resolver, "alice@example.org").await;
+    assert_eq!(
+        slapd.logged(" method=128"),
+        1,
+        "the connection was made all the same"
+    );
 }
 
 #[tokio::test]

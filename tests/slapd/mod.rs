@@ -20,15 +20,15 @@ use nix::{
 /// slapd is ready within hundredths of a second; loaded machines are slower.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-pub const PEOPLE: &str = "ou=people,dc=example,dc=org";
-pub const DAEMON: &str = "cn=usermilter,ou=services,dc=example,dc=org";
-pub const DAEMON_PASSWORD: &str = "daemon-secret";
+pub(crate) const PEOPLE: &str = "ou=people,dc=example,dc=org";
+pub(crate) const DAEMON: &str = "cn=usermilter,ou=services,dc=example,dc=org";
+pub(crate) const DAEMON_PASSWORD: &str = "daemon-secret";
 
 /// A directory that goes when the test does.
-pub struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         // Short: the path of a Unix socket has 107 bytes.
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -37,11 +37,11 @@ impl Scratch {
         Self(path)
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
-    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.0.join(name);
         fs::write(&path, text).unwrap();
         path
@@ -56,18 +56,18 @@ impl Drop for Scratch {
 
 /// What a slapd should be like.
 #[derive(Default)]
-pub struct Setup<'a> {
+pub(crate) struct Setup<'a> {
     /// Entries beside those of `ldap/sample.ldif`.
-    pub entries: &'a str,
+    pub(crate) entries: &'a str,
     /// Schema beside ours.
-    pub schema: &'a str,
+    pub(crate) schema: &'a str,
     /// Rules instead of `ldap/acl.conf`.
-    pub acl: Option<&'a str>,
+    pub(crate) acl: Option<&'a str>,
     /// Certificate and authority for TLS.
-    pub tls: Option<&'a Certificate>,
+    pub(crate) tls: Option<&'a Certificate>,
 }
 
-pub struct Slapd {
+pub(crate) struct Slapd {
     scratch: Scratch,
     port: u16,
     tls_port: Option<u16>,
@@ -75,7 +75,7 @@ pub struct Slapd {
 }
 
 impl Slapd {
-    pub fn start(setup: &Setup<'_>) -> Self {
+    pub(crate) fn start(setup: &Setup<'_>) -> Self {
         let scratch = Scratch::new();
         let here = env!("CARGO_MANIFEST_DIR");
         let db = scratch.path().join("db");
@@ -142,25 +142,25 @@ impl Slapd {
         slapd
     }
 
-    pub fn ldap(&self) -> String {
+    pub(crate) fn ldap(&self) -> String {
         format!("ldap://127.0.0.1:{}", self.port)
     }
 
-    pub fn ldaps(&self) -> String {
+    pub(crate) fn ldaps(&self) -> String {
         format!("ldaps://127.0.0.1:{}", self.tls_port.unwrap())
     }
 
-    pub fn ldapi(&self) -> String {
+    pub(crate) fn ldapi(&self) -> String {
         ldapi(&self.scratch.path().join("s"))
     }
 
-    pub fn password_file(&self, password: &str) -> String {
+    pub(crate) fn password_file(&self, password: &str) -> String {
         let path = self.scratch.write("password", &format!("{password}\n"));
         path.display().to_string()
     }
 
     /// Starts the server that was stopped or killed, at the same addresses.
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.end(Signal::SIGTERM);
         let mut addresses = format!("{} {}", self.ldap(), self.ldapi());
         if self.tls_port.is_some() {
@@ -178,27 +178,22 @@ impl Slapd {
             .stderr(log)
             .spawn()
             .unwrap();
-        let start = Instant::now();
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+        wait_until_ready(self.port, || {
             if let Some(status) = child.try_wait().unwrap() {
-                panic!(
-                    "slapd: {status}: {}",
-                    fs::read_to_string(self.log()).unwrap_or_default()
-                );
+                let log = fs::read_to_string(self.log()).unwrap_or_default();
+                panic!("slapd: {status}: {log}");
             }
-            assert!(start.elapsed() < START_LIMIT, "slapd does not start");
-            thread::sleep(Duration::from_millis(10));
-        }
+        });
         self.child = Some(child);
     }
 
     /// Ends the server without a chance to say good-bye.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.end(Signal::SIGKILL);
     }
 
     /// Makes the server hang: the kernel goes on accepting connections for it.
-    pub fn pause(&self) {
+    pub(crate) fn pause(&self) {
         self.signal(Signal::SIGSTOP);
         // A thread of it may be at work for a moment yet.
         let status = format!("/proc/{}/stat", self.child.as_ref().unwrap().id());
@@ -209,26 +204,35 @@ impl Slapd {
     }
 
     /// Ends [`Slapd::pause`].
-    pub fn resume(&self) {
+    pub(crate) fn resume(&self) {
         self.signal(Signal::SIGCONT);
     }
 
     /// How many lines of the server's log, one or more an operation, have `text`.
-    pub fn logged(&self, text: &str) -> usize {
-        let log = fs::read_to_string(self.log()).unwrap_or_default();
-        log.lines().filter(|line| line.contains(text)).count()
+    pub(crate) fn logged(&self, text: &str) -> usize {
+        self.count(|line| line.contains(text))
     }
 
     /// How many searches for something like `text` were made.
-    pub fn searches(&self, text: &str) -> usize {
-        let log = fs::read_to_string(self.log()).unwrap_or_default();
-        log.lines()
-            .filter(|line| line.contains("SRCH base=") && line.contains(text))
-            .count()
+    pub(crate) fn searches(&self, text: &str) -> usize {
+        self.count(|line| line.contains("SRCH base=") && line.contains(text))
+    }
+
+    /// Counts lines once no more are coming: slapd writes about an operation after it has answered.
+    fn count(&self, wanted: impl Fn(&str) -> bool) -> usize {
+        let mut log = String::new();
+        loop {
+            let now = fs::read_to_string(self.log()).unwrap_or_default();
+            if now == log && !now.is_empty() {
+                return log.lines().filter(|line| wanted(line)).count();
+            }
+            log = now;
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Changes entries as `who` may.
-    pub fn modify(&self, who: &str, password: &str, ldif: &str) -> Output {
+    pub(crate) fn modify(&self, who: &str, password: &str, ldif: &str) -> Output {
         with_input(
             Command::new("ldapmodify").args(["-x", "-H", &self.ldap(), "-D", who, "-w", password]),
             ldif,
@@ -236,7 +240,7 @@ impl Slapd {
     }
 
     /// Changes entries as the administrator, who may do everything.
-    pub fn administer(&self, ldif: &str) {
+    pub(crate) fn administer(&self, ldif: &str) {
         let output = self.modify("cn=admin,dc=example,dc=org", "admin-secret", ldif);
         assert!(output.status.success(), "{output:?}");
     }
@@ -270,19 +274,19 @@ impl Drop for Slapd {
 }
 
 /// An authority that signs what a test needs.
-pub struct Authority {
+pub(crate) struct Authority {
     scratch: Scratch,
 }
 
 /// A server certificate for 127.0.0.1, and who signed it.
-pub struct Certificate {
-    pub authority: PathBuf,
+pub(crate) struct Certificate {
+    pub(crate) authority: PathBuf,
     certificate: PathBuf,
     key: PathBuf,
 }
 
 impl Authority {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let scratch = Scratch::new();
         scratch.write("index.txt", "");
         scratch.write(
@@ -299,15 +303,15 @@ impl Authority {
         authority
     }
 
-    pub fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.scratch.path().join("ca.pem")
     }
 
-    pub fn valid(&self) -> Certificate {
+    pub(crate) fn valid(&self) -> Certificate {
         self.sign("valid", "-days 2")
     }
 
-    pub fn expired(&self) -> Certificate {
+    pub(crate) fn expired(&self) -> Certificate {
         self.sign("expired", "-startdate 20200101000000Z -enddate 20200201000000Z")
     }
 
@@ -336,12 +340,22 @@ impl Authority {
 }
 
 /// The URI of a Unix socket.
-pub fn ldapi(socket: &Path) -> String {
+pub(crate) fn ldapi(socket: &Path) -> String {
     format!("ldapi://{}", socket.display().to_string().replace('/', "%2F"))
 }
 
+/// Waits until somebody listens; `check` may panic if there is no hope.
+pub(crate) fn wait_until_ready(port: u16, mut check: impl FnMut()) {
+    let start = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        check();
+        assert!(start.elapsed() < START_LIMIT, "slapd does not start");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A port that was free a moment ago.
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind(("127.0.0.1", 0))
         .unwrap()
         .local_addr()
@@ -349,7 +363,7 @@ pub fn free_port() -> u16 {
         .port()
 }
 
-pub fn with_input(command: &mut Command, input: &str) -> Output {
+pub(crate) fn with_input(command: &mut Command, input: &str) -> Output {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -360,7 +374,7 @@ pub fn with_input(command: &mut Command, input: &str) -> Output {
     child.wait_with_output().unwrap()
 }
 
-pub fn succeeds(command: &mut Command) -> String {
+pub(crate) fn succeeds(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {output:?}");
     String::from_utf8_lossy(&output.stdout).into_owned()

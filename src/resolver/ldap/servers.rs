@@ -248,7 +248,7 @@ impl Servers {
 
     fn failed(&self, state: &mut State, server: usize, reason: String) {
         let uri = &self.config.uri[server];
-        if state.outage.is_none() {
+        if state.outage.is_none() && state.failures[server].is_none() {
             tracing::warn!(%uri, reason, "LDAP server failed");
         } else {
             tracing::debug!(%uri, reason, "LDAP server still fails");
