@@ -224,7 +224,7 @@ impl LdapResolver {
         // that are no LDAP.
         let entries = tokio::spawn(async move { servers.search(&query).await })
             .await
-            .map_err(|error| Fault::Unusable(error.to_string()))?
+            .map_err(|error| Fault::Outage(error.to_string()))?
             .map_err(|error| match error {
                 NoEntries::Outage(reason) => Fault::Outage(reason),
                 NoEntries::Refused(reason) => Fault::Unusable(reason),
