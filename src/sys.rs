@@ -64,6 +64,45 @@ fn is_single_threaded() -> bool {
     std::fs::read_dir("/proc/self/task").map_or(true, |tasks| tasks.count() == 1)
 }
 
+/// How a child ended: any signal, those included for which nix has no name (a filter may die of SIGRTMIN).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChildEnd {
+    /// With this status.
+    Exited(i32),
+    /// By this signal.
+    Signaled(i32),
+}
+
+/// A child that has ended, if there is one. It stays a zombie, and its pid taken, until it is [reaped](reap).
+///
+/// # Errors
+///
+/// As waitid(2), but having no children is no error.
+pub fn next_ended_child() -> nix::Result<Option<(Pid, ChildEnd)>> {
+    // SAFETY: all zeros is a value of this plain structure.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the kernel writes one siginfo_t where there is room for one.
+    let result = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags) };
+    match Errno::result(result) {
+        Err(Errno::ECHILD) => return Ok(None),
+        other => other?,
+    };
+    // SAFETY: waitid(2) sets these fields, or leaves the zeros that mean that no child has ended.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let end = match info.si_code {
+        libc::CLD_EXITED => ChildEnd::Exited(status),
+        _ => ChildEnd::Signaled(status),
+    };
+    Ok((pid != 0).then_some((Pid::from_raw(pid), end)))
+}
+
+/// Reaps a child that has ended.
+pub fn reap(pid: Pid) {
+    // What it returns is known, and a signal without a name would be an error.
+    let _ = nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+}
+
 /// Marks every descriptor from `first` on as close-on-exec, those too that were inherited from whoever started us.
 ///
 /// # Errors

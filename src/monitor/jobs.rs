@@ -8,10 +8,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::{
-        signal::{Signal, kill, killpg},
-        wait::WaitStatus,
-    },
+    sys::signal::{Signal, kill, killpg},
     unistd::{Pid, getpid},
 };
 use tracing::debug;
@@ -20,7 +17,10 @@ use super::{
     child::{Child, Run},
     wire::{End, JobId, Request},
 };
-use crate::{config::Filter, sys};
+use crate::{
+    config::Filter,
+    sys::{self, ChildEnd},
+};
 
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
@@ -134,13 +134,12 @@ impl Jobs {
     /// Takes note of a child that waits to be reaped, and ends what it left in its process group. `None`: not ours.
     ///
     /// To be called before the child is reaped: until then its pid, and so the group's number, is taken.
-    pub(super) fn ended(&mut self, status: WaitStatus) -> Option<Ended> {
-        let pid = status.pid()?;
+    pub(super) fn ended(&mut self, pid: Pid, end: ChildEnd) -> Option<Ended> {
         let job = self.running.remove(&pid)?;
         let _ = killpg(pid, Signal::SIGKILL);
-        let end = match (job.stage, status) {
-            (Stage::Running, WaitStatus::Exited(_, code)) => End::Exited(code),
-            (Stage::Running, WaitStatus::Signaled(_, signal, _)) => End::Signaled(signal as i32),
+        let end = match (job.stage, end) {
+            (Stage::Running, ChildEnd::Exited(status)) => End::Exited(status),
+            (Stage::Running, ChildEnd::Signaled(signal)) => End::Signaled(signal),
             _ => End::TimedOut,
         };
         Some(Ended { worker: job.worker, id: job.id, end, elapsed: job.started.elapsed() })

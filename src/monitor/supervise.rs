@@ -20,7 +20,6 @@ use nix::{
         signal::{SigSet, Signal, kill},
         signalfd::{SfdFlags, SignalFd},
         socket::{AddressFamily, SockFlag, SockType, socketpair},
-        wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
     },
     unistd::Pid,
 };
@@ -34,7 +33,7 @@ use super::{
 };
 use crate::{
     config::{Config, ConfigError},
-    sys,
+    sys::{self, ChildEnd},
     worker::{self, Inherited},
 };
 
@@ -206,23 +205,16 @@ impl Monitor {
     }
 
     fn reap(&mut self) -> Result<(), MonitorError> {
-        loop {
-            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-            let status = match waitid(Id::All, flags) {
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
-                Err(Errno::EINTR) => continue,
-                other => other.map_err(system("waitid"))?,
-            };
-            if let Some(ended) = self.jobs.ended(status) {
+        while let Some((pid, end)) = sys::next_ended_child().map_err(system("waitid"))? {
+            if let Some(ended) = self.jobs.ended(pid, end) {
                 self.tell_end(&ended);
-            } else if let Some(at) = self.workers.iter().position(|w| Some(w.pid) == status.pid()) {
+            } else if let Some(at) = self.workers.iter().position(|w| w.pid == pid) {
                 let worker = self.workers.remove(at);
-                self.worker_ended(worker, status)?;
+                self.worker_ended(&worker, end)?;
             }
-            if let Some(pid) = status.pid() {
-                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
-            }
+            sys::reap(pid);
         }
+        Ok(())
     }
 
     fn tell_end(&mut self, ended: &Ended) {
@@ -233,12 +225,12 @@ impl Monitor {
         }
     }
 
-    fn worker_ended(&mut self, worker: Worker, status: WaitStatus) -> Result<(), MonitorError> {
+    fn worker_ended(&mut self, worker: &Worker, end: ChildEnd) -> Result<(), MonitorError> {
         self.jobs.end_of_worker(worker.id);
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
             Role::Candidate => {
-                error!(pid = %worker.pid, ?status, "new worker failed; the configuration stays as it was")
+                error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was")
             }
             Role::Serving if self.stopping.is_some() => (),
             Role::Serving if !self.served => return Err(MonitorError::Worker),
@@ -246,7 +238,7 @@ impl Monitor {
                 if worker.started.elapsed() >= HEALTHY_AFTER {
                     self.restart.pause = BACKOFF.0;
                 }
-                error!(pid = %worker.pid, ?status, pause = ?self.restart.pause, "worker died; starting another");
+                error!(pid = %worker.pid, ?end, pause = ?self.restart.pause, "worker died; starting another");
                 self.restart.at = Some(Instant::now() + self.restart.pause);
                 self.restart.pause = (self.restart.pause * 2).min(BACKOFF.1);
             }
