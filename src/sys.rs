@@ -114,6 +114,28 @@ pub fn close_on_exec_from(first: u32) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
+/// Closes, in a forked child, every descriptor from 3 on that is not in the list, under the same promise as
+/// [`close_in_child`].
+///
+/// # Errors
+///
+/// As close_range(2).
+pub fn close_all_but(kept: &[RawFd]) -> nix::Result<()> {
+    let mut kept: Vec<u32> = kept.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd > 2).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for limit in kept.into_iter().map(Some).chain([None]) {
+        let last = limit.map_or(u32::MAX, |fd| fd - 1);
+        if first <= last {
+            // SAFETY: closing takes numbers; nothing in the child uses these descriptors, as the caller promises.
+            let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            Errno::result(result)?;
+        }
+        first = last.saturating_add(2);
+    }
+    Ok(())
+}
+
 /// Closes descriptors in a forked child.
 ///
 /// Their owners are the parent's; the child has copies of those owners, which it never drops, since it ends in

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -96,7 +96,7 @@ impl Jobs {
                 let [report] = descriptors else {
                     return Err(BadRequest::Descriptors(descriptors.len()));
                 };
-                (*job, INSPECT_TIME_LIMIT, fork_job(|| child.inspect(user, report)))
+                (*job, INSPECT_TIME_LIMIT, fork_job(descriptors, || child.inspect(user, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
                 let (stdin, stdout, stderr, report) = match descriptors {
@@ -114,7 +114,7 @@ impl Jobs {
                     stderr,
                 };
                 let time_limit = Duration::from_millis(*time_limit).min(settings.timeout.0);
-                (*job, time_limit, fork_job(|| child.run(&run, report)))
+                (*job, time_limit, fork_job(descriptors, || child.run(&run, report)))
             }
         };
         let started = Instant::now();
@@ -186,9 +186,11 @@ impl Jobs {
     }
 }
 
-/// Forks a child that handles signals as any program does.
-fn fork_job(job: impl FnOnce() -> i32) -> nix::Result<Pid> {
-    sys::fork(|| match sys::reset_signals() {
+/// Forks a child that handles signals as any program does, and has nothing of the monitor's: a child that hangs must
+/// not keep a socket open that was closed, nor be a way from a user to the channels.
+fn fork_job(descriptors: &[OwnedFd], job: impl FnOnce() -> i32) -> nix::Result<Pid> {
+    let kept: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    sys::fork(|| match sys::reset_signals().and_then(|()| sys::close_all_but(&kept)) {
         Ok(()) => job(),
         Err(_) => 1,
     })

@@ -371,7 +371,7 @@ impl Monitor {
         let raw = |listeners: &[Rc<Listener>]| listeners.iter().map(|l| l.descriptor.as_raw_fd()).collect();
         let (milter, policy): (Vec<RawFd>, Vec<RawFd>) = (raw(&listeners.milter), raw(&listeners.policy));
         let pid = sys::fork(|| {
-            self.forget_all_but(&listeners);
+            self.forget_all_but(&listeners, &channel);
             worker::start(Inherited {
                 settings: Arc::clone(&settings),
                 monitor,
@@ -399,15 +399,16 @@ impl Monitor {
 }
 
 impl Monitor {
-    /// In a forked worker: closes what belongs to the monitor and to other workers.
-    fn forget_all_but(&self, listeners: &Listeners) {
+    /// In a forked worker: closes what belongs to the monitor, its end of the new channel among it, and to other
+    /// workers.
+    fn forget_all_but(&self, listeners: &Listeners, channel: &OwnedFd) {
         let kept: Vec<RawFd> = listeners.all().map(|l| l.descriptor.as_raw_fd()).collect();
         let others =
             self.workers.iter().flat_map(|worker| worker.listeners.all()).chain(self.listeners.all());
         let mut closed: Vec<RawFd> =
             others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
         closed.extend(self.workers.iter().map(|worker| worker.channel.as_raw_fd()));
-        closed.push(self.signals.as_fd().as_raw_fd());
+        closed.extend([channel.as_raw_fd(), self.signals.as_fd().as_raw_fd()]);
         closed.sort_unstable();
         closed.dedup();
         sys::close_in_child(&closed);
