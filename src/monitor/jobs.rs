@@ -70,14 +70,18 @@ pub(super) struct Ended {
 pub(super) enum BadRequest {
     #[error("request with {0} descriptors")]
     Descriptors(usize),
-    #[error("more jobs at a time than allowed ({0})")]
-    TooMany(usize),
     #[error("no job")]
     NoJob,
 }
 
 impl Jobs {
-    /// Starts the child that a request asks for. `Some` if it could not be forked.
+    /// Jobs that a worker may have under way.
+    pub(super) fn limit(settings: &Filter) -> usize {
+        settings.max_processes + MAX_INSPECTIONS
+    }
+
+    /// Starts the child that a request asks for. `Some` if it could not be forked, or there are too many already: an
+    /// honest worker comes to that when it gave up on children that the kernel holds, in a home that hangs.
     pub(super) fn start(
         &mut self,
         worker: WorkerId,
@@ -85,10 +89,10 @@ impl Jobs {
         descriptors: &[OwnedFd],
         settings: &Filter,
     ) -> Result<Option<Ended>, BadRequest> {
-        let limit = settings.max_processes + MAX_INSPECTIONS;
-        if self.of_worker(worker) >= limit {
-            return Err(BadRequest::TooMany(limit));
-        }
+        let has_room = self.of_worker(worker) < Self::limit(settings);
+        let fork_job = |descriptors: &[OwnedFd], job: &dyn Fn() -> i32| {
+            if has_room { fork_job(descriptors, job) } else { Err(Errno::EAGAIN) }
+        };
         let child = Child { settings, monitor: getpid() };
         let (id, time_limit, forked) = match request {
             Request::Ready => return Err(BadRequest::NoJob),
@@ -96,7 +100,7 @@ impl Jobs {
                 let [report] = descriptors else {
                     return Err(BadRequest::Descriptors(descriptors.len()));
                 };
-                (*job, INSPECT_TIME_LIMIT, fork_job(descriptors, || child.inspect(user, report)))
+                (*job, INSPECT_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
                 let (stdin, stdout, stderr, report) = match descriptors {
@@ -114,7 +118,7 @@ impl Jobs {
                     stderr,
                 };
                 let time_limit = Duration::from_millis(*time_limit).min(settings.timeout.0);
-                (*job, time_limit, fork_job(descriptors, || child.run(&run, report)))
+                (*job, time_limit, fork_job(descriptors, &|| child.run(&run, report)))
             }
         };
         let started = Instant::now();

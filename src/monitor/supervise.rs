@@ -45,6 +45,10 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// More draining workers than this, and the eldest no longer waits for open connections.
 const MAX_DRAINING: usize = 3;
+/// Packets of one worker that are handled before signals, time limits and other workers have their turn.
+const MAX_PACKETS_AT_ONCE: usize = 64;
+/// A worker that leaves more events unread than its jobs can have, and this many, reads none.
+const MAX_UNREAD: usize = 1024;
 /// A worker that has not left this long after its drain time is killed.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
 
@@ -138,6 +142,8 @@ struct Worker {
     channel: OwnedFd,
     role: Role,
     ready: bool,
+    /// It was sent SIGKILL: what it still says is not heard. The kernel may take its time.
+    killed: bool,
     started: Instant,
     settings: Arc<Config>,
     listeners: Listeners,
@@ -171,7 +177,7 @@ impl Monitor {
     /// Sleeps until a signal, a packet, room for a packet, or a point in time.
     fn wait(&self) -> Result<(), MonitorError> {
         let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-        for worker in &self.workers {
+        for worker in self.workers.iter().filter(|worker| !worker.killed) {
             let mut events = PollFlags::POLLIN;
             events.set(PollFlags::POLLOUT, !worker.outgoing.is_empty());
             fds.push(PollFd::new(worker.channel.as_fd(), events));
@@ -248,11 +254,11 @@ impl Monitor {
 
     fn handle_requests(&mut self) {
         let mut became_ready = None;
-        for worker in &mut self.workers {
+        for worker in self.workers.iter_mut().filter(|worker| !worker.killed) {
             worker.flush();
             if let Err(reason) = worker.handle_packets(&mut self.buffer, &mut self.jobs, &mut became_ready) {
                 error!(pid = %worker.pid, reason = %reason, "worker breaks the protocol; ending it");
-                let _ = kill(worker.pid, Signal::SIGKILL);
+                worker.kill();
             }
         }
         if let Some(id) = became_ready {
@@ -261,7 +267,7 @@ impl Monitor {
     }
 
     fn worker_ready(&mut self, id: WorkerId) {
-        let Some(at) = self.workers.iter().position(|worker| worker.id == id) else {
+        let Some(at) = self.workers.iter().position(|worker| worker.id == id && !worker.killed) else {
             return;
         };
         self.served = true;
@@ -301,14 +307,12 @@ impl Monitor {
     fn handle_time(&mut self) -> Result<(), MonitorError> {
         let now = Instant::now();
         self.jobs.enforce_deadlines(now);
-        for worker in self.workers.iter().filter(|worker| worker.deadline().is_some_and(|at| at <= now)) {
+        for worker in self.workers.iter_mut().filter(|w| w.deadline().is_some_and(|at| at <= now)) {
             warn!(pid = %worker.pid, role = ?worker.role, "worker takes too long; ending it");
-            let _ = kill(worker.pid, Signal::SIGKILL);
+            worker.kill();
         }
         if self.stopping.is_some_and(|at| at <= now) {
-            for worker in &self.workers {
-                let _ = kill(worker.pid, Signal::SIGKILL);
-            }
+            self.workers.iter_mut().for_each(Worker::kill);
             self.stopping = Some(now + DRAIN_MARGIN);
         }
         if self.restart.at.is_some_and(|at| at <= now) && self.stopping.is_none() {
@@ -389,6 +393,7 @@ impl Monitor {
             channel,
             role,
             ready: false,
+            killed: false,
             started: Instant::now(),
             settings,
             listeners,
@@ -419,10 +424,18 @@ impl Worker {
     /// When the worker is killed if nothing changes.
     fn deadline(&self) -> Option<Instant> {
         match self.role {
+            _ if self.killed => None,
             Role::Draining(at) => Some(at),
             _ if !self.ready => Some(self.started + READY_TIME_LIMIT),
             _ => None,
         }
+    }
+
+    fn kill(&mut self) {
+        self.killed = true;
+        self.outgoing.clear();
+        // Not reaped yet, or it would not be in the list: the pid is its own.
+        let _ = kill(self.pid, Signal::SIGKILL);
     }
 
     fn drain(&mut self, connections: bool) {
@@ -454,7 +467,7 @@ impl Worker {
         jobs: &mut Jobs,
         became_ready: &mut Option<WorkerId>,
     ) -> Result<(), Box<dyn std::error::Error>> {
-        loop {
+        for _ in 0..MAX_PACKETS_AT_ONCE {
             let received = match sys::receive_with_descriptors(&self.channel, buffer) {
                 Ok(received) => received,
                 Err(Errno::EAGAIN | Errno::ECONNRESET) => return Ok(()),
@@ -466,12 +479,14 @@ impl Worker {
             }
             if received.length == 0 {
                 // An honest worker keeps its end open until it is gone.
-                let _ = kill(self.pid, Signal::SIGKILL);
+                self.kill();
                 return Ok(());
             }
             let request: Request = decode(&buffer[..received.length])?;
             if let Request::Ready = request {
-                self.ready = true;
+                if std::mem::replace(&mut self.ready, true) {
+                    return Err("ready for the second time".into());
+                }
                 *became_ready = Some(self.id);
             } else if let Some(failed) =
                 jobs.start(self.id, &request, &received.descriptors, &self.settings.filter)?
@@ -479,6 +494,10 @@ impl Worker {
                 let event = Event::Finished { job: failed.id, end: failed.end, elapsed: 0 };
                 self.send(&event);
             }
+            if self.outgoing.len() > MAX_UNREAD + Jobs::limit(&self.settings.filter) {
+                return Err("events are not read".into());
+            }
         }
+        Ok(())
     }
 }
