@@ -6,6 +6,7 @@
 use std::{
     collections::VecDeque,
     io,
+    ops::ControlFlow,
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::PathBuf,
     rc::Rc,
@@ -33,6 +34,7 @@ use super::{
 };
 use crate::{
     config::{Config, ConfigError},
+    logging::Chain,
     sys::{self, ChildEnd},
     worker::{self, Inherited},
 };
@@ -122,12 +124,20 @@ struct Monitor {
     listeners: Listeners,
     next_id: WorkerId,
     restart: Restart,
-    /// Set by SIGTERM: when to stop waiting.
-    stopping: Option<Instant>,
+    /// Set by SIGTERM.
+    stopping: Option<Stop>,
     /// Whether any worker was ever ready.
     served: bool,
     /// Room for one packet.
     buffer: Vec<u8>,
+}
+
+/// The end of the daemon.
+#[derive(Clone, Copy)]
+struct Stop {
+    /// When to wait no longer: first for workers, which are killed then, and then for what the kernel holds.
+    at: Instant,
+    killed: bool,
 }
 
 /// When a dead worker is followed by another.
@@ -166,9 +176,7 @@ impl Monitor {
             self.wait()?;
             self.handle_signals()?;
             self.handle_requests();
-            self.handle_time()?;
-            if self.stopping.is_some() && self.workers.is_empty() && self.jobs.is_empty() {
-                info!("stopped");
+            if self.handle_time().is_break() {
                 return Ok(());
             }
         }
@@ -195,7 +203,7 @@ impl Monitor {
 
     fn next_deadline(&self) -> Option<Instant> {
         let workers = self.workers.iter().filter_map(Worker::deadline);
-        workers.chain(self.jobs.next_deadline()).chain(self.restart.at).chain(self.stopping).min()
+        workers.chain(self.jobs.next_deadline()).chain(self.restart.at).chain(self.stopping.map(|stop| stop.at)).min()
     }
 
     fn handle_signals(&mut self) -> Result<(), MonitorError> {
@@ -245,8 +253,7 @@ impl Monitor {
                     self.restart.pause = BACKOFF.0;
                 }
                 error!(pid = %worker.pid, ?end, pause = ?self.restart.pause, "worker died; starting another");
-                self.restart.at = Some(Instant::now() + self.restart.pause);
-                self.restart.pause = (self.restart.pause * 2).min(BACKOFF.1);
+                self.restart.later();
             }
         }
         Ok(())
@@ -304,22 +311,36 @@ impl Monitor {
         }
     }
 
-    fn handle_time(&mut self) -> Result<(), MonitorError> {
+    /// Breaks when it is time to leave.
+    fn handle_time(&mut self) -> ControlFlow<()> {
         let now = Instant::now();
         self.jobs.enforce_deadlines(now);
         for worker in self.workers.iter_mut().filter(|w| w.deadline().is_some_and(|at| at <= now)) {
             warn!(pid = %worker.pid, role = ?worker.role, "worker takes too long; ending it");
             worker.kill();
         }
-        if self.stopping.is_some_and(|at| at <= now) {
-            self.workers.iter_mut().for_each(Worker::kill);
-            self.stopping = Some(now + DRAIN_MARGIN);
-        }
-        if self.restart.at.is_some_and(|at| at <= now) && self.stopping.is_none() {
+        if let Some(stop) = self.stopping {
+            if self.workers.is_empty() && self.jobs.is_empty() {
+                info!("stopped");
+                return ControlFlow::Break(());
+            }
+            if stop.at <= now && stop.killed {
+                warn!("stopped; processes that do not end are left behind");
+                return ControlFlow::Break(());
+            }
+            if stop.at <= now {
+                self.workers.iter_mut().for_each(Worker::kill);
+                self.stopping = Some(Stop { at: now + DRAIN_MARGIN, killed: true });
+            }
+        } else if self.restart.at.is_some_and(|at| at <= now) {
             self.restart.at = None;
-            self.start_worker(Arc::clone(&self.settings), self.listeners.clone(), Role::Serving)?;
+            let (settings, listeners) = (Arc::clone(&self.settings), self.listeners.clone());
+            if let Err(error) = self.start_worker(settings, listeners, Role::Serving) {
+                error!(pause = ?self.restart.pause, "no worker can be started: {}", Chain(&error));
+                self.restart.later();
+            }
         }
-        Ok(())
+        ControlFlow::Continue(())
     }
 
     /// Starts a candidate with the new configuration; whatever is wrong leaves everything as it is.
@@ -339,20 +360,23 @@ impl Monitor {
         match outcome {
             Ok(()) => info!("reloading: new worker started"),
             Err(error) => {
-                error!(error = %crate::logging::Chain(&error), "configuration not reloaded; it stays as it was");
+                error!(error = %Chain(&error), "configuration not reloaded; it stays as it was");
             }
         }
     }
 
     fn stop(&mut self) {
         let now = Instant::now();
-        if self.stopping.is_some() {
+        if let Some(stop) = &mut self.stopping {
             info!("stopping at once");
-            self.stopping = Some(now);
+            if !stop.killed {
+                stop.at = now;
+            }
             return;
         }
         info!("stopping");
-        self.stopping = Some(now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN);
+        let at = now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN;
+        self.stopping = Some(Stop { at, killed: false });
         self.restart.at = None;
         // Closed here too, or the kernel would go on to accept for nobody.
         self.listeners = Listeners::default();
@@ -400,6 +424,14 @@ impl Monitor {
             outgoing: VecDeque::new(),
         });
         Ok(())
+    }
+}
+
+impl Restart {
+    /// Each time later than the last, so that a crash loop does not take the machine.
+    fn later(&mut self) {
+        self.at = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(BACKOFF.1);
     }
 }
 
