@@ -97,6 +97,7 @@ pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), Monitor
         listeners,
         next_id: 0,
         restart: Restart { pause: BACKOFF.0, at: None },
+        reload_wanted: false,
         stopping: None,
         served: false,
         buffer: vec![0; MAX_PACKET],
@@ -124,6 +125,8 @@ struct Monitor {
     listeners: Listeners,
     next_id: WorkerId,
     restart: Restart,
+    /// Set by SIGHUP.
+    reload_wanted: bool,
     /// Set by SIGTERM.
     stopping: Option<Stop>,
     /// Whether any worker was ever ready.
@@ -176,6 +179,7 @@ impl Monitor {
             self.wait()?;
             self.handle_signals()?;
             self.handle_requests();
+            self.reload_if_wanted();
             if self.handle_time().is_break() {
                 return Ok(());
             }
@@ -210,7 +214,7 @@ impl Monitor {
         while let Some(signal) = self.signals.read_signal().map_err(system("signalfd"))? {
             match Signal::try_from(signal.ssi_signo as i32) {
                 Ok(Signal::SIGCHLD) => self.reap()?,
-                Ok(Signal::SIGHUP) => self.reload(),
+                Ok(Signal::SIGHUP) => self.reload_wanted = true,
                 Ok(Signal::SIGTERM | Signal::SIGINT) => self.stop(),
                 _ => (),
             }
@@ -344,17 +348,18 @@ impl Monitor {
     }
 
     /// Starts a candidate with the new configuration; whatever is wrong leaves everything as it is.
-    fn reload(&mut self) {
-        if self.stopping.is_some() {
+    ///
+    /// One at a time: a candidate may have accepted connections by the time that another SIGHUP comes, so that it
+    /// can't be ended for a newer configuration. That one is read when the candidate serves.
+    fn reload_if_wanted(&mut self) {
+        let under_way = self.workers.iter().any(|worker| worker.role == Role::Candidate);
+        if !self.reload_wanted || under_way || self.stopping.is_some() {
             return;
         }
+        self.reload_wanted = false;
         let outcome =
             Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
                 let listeners = Listeners::bind(&config.server, &self.listeners)?;
-                for old in self.workers.iter().filter(|worker| worker.role == Role::Candidate) {
-                    // A newer configuration than the one it was started with: it must not win the race.
-                    let _ = kill(old.pid, Signal::SIGKILL);
-                }
                 self.start_worker(Arc::new(config), listeners, Role::Candidate)
             });
         match outcome {
@@ -378,12 +383,8 @@ impl Monitor {
         let at = now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN;
         self.stopping = Some(Stop { at, killed: false });
         self.restart.at = None;
-        // Closed here too, or the kernel would go on to accept for nobody.
         self.listeners = Listeners::default();
-        for worker in &mut self.workers {
-            worker.listeners = Listeners::default();
-            worker.drain(false);
-        }
+        self.workers.iter_mut().for_each(|worker| worker.drain(false));
     }
 
     fn start_worker(
@@ -472,6 +473,8 @@ impl Worker {
 
     fn drain(&mut self, connections: bool) {
         self.role = Role::Draining(Instant::now() + self.settings.server.drain_timeout.0 + DRAIN_MARGIN);
+        // It accepts no more. What nobody else wants is closed, or the kernel would go on to accept for nobody.
+        self.listeners = Listeners::default();
         self.send(&Event::Drain { connections });
     }
 

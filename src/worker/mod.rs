@@ -127,22 +127,24 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     let milter_connections = TaskTracker::new();
     let policy_connections = TaskTracker::new();
     let limit = settings.server.max_connections;
+    let listeners = |sockets: Vec<OwnedFd>| sockets.into_iter().map(Listener::new).collect::<Result<Vec<_>, _>>();
+    let milter_listeners = listeners(inherited.milter).map_err(system("milter socket"))?;
+    let policy_listeners = listeners(inherited.policy).map_err(system("policy socket"))?;
+    // Nothing can fail from here on: no connection is accepted that would be lost with a worker that is not wanted.
+    monitor.ready().await.map_err(system("telling the monitor"))?;
     let mut acceptors = Vec::new();
-    for socket in inherited.milter {
-        let listener = Listener::new(socket).map_err(system("milter socket"))?;
+    for listener in milter_listeners {
         let (service, tracker) = (milter.clone(), milter_connections.clone());
         acceptors.push(tokio::spawn(accept_loop(listener, "milter", limit, tracker, move |stream| {
             service.clone().serve(stream)
         })));
     }
-    for socket in inherited.policy {
-        let listener = Listener::new(socket).map_err(system("policy socket"))?;
+    for listener in policy_listeners {
         let (pipeline, tracker, drain) = (Arc::clone(&pipeline), policy_connections.clone(), drain.clone());
         acceptors.push(tokio::spawn(accept_loop(listener, "policy", limit, tracker, move |stream| {
             policy::serve(Arc::clone(&pipeline), stream, drain.clone())
         })));
     }
-    monitor.ready().await.map_err(system("telling the monitor"))?;
 
     let mode = wait_for_drain(drain.clone()).await;
     // Dropping the listeners leaves new connections to the next worker, or refuses them.
