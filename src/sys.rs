@@ -121,7 +121,8 @@ pub fn close_on_exec_from(first: u32) -> nix::Result<()> {
 ///
 /// As close_range(2).
 pub fn close_all_but(kept: &[RawFd]) -> nix::Result<()> {
-    let mut kept: Vec<u32> = kept.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd > 2).collect();
+    let mut kept: Vec<u32> =
+        kept.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd > 2).collect();
     kept.sort_unstable();
     let mut first = 3;
     for limit in kept.into_iter().map(Some).chain([None]) {

@@ -207,7 +207,11 @@ impl Monitor {
 
     fn next_deadline(&self) -> Option<Instant> {
         let workers = self.workers.iter().filter_map(Worker::deadline);
-        workers.chain(self.jobs.next_deadline()).chain(self.restart.at).chain(self.stopping.map(|stop| stop.at)).min()
+        workers
+            .chain(self.jobs.next_deadline())
+            .chain(self.restart.at)
+            .chain(self.stopping.map(|stop| stop.at))
+            .min()
     }
 
     fn handle_signals(&mut self) -> Result<(), MonitorError> {

@@ -127,7 +127,8 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     let milter_connections = TaskTracker::new();
     let policy_connections = TaskTracker::new();
     let limit = settings.server.max_connections;
-    let listeners = |sockets: Vec<OwnedFd>| sockets.into_iter().map(Listener::new).collect::<Result<Vec<_>, _>>();
+    let listeners =
+        |sockets: Vec<OwnedFd>| sockets.into_iter().map(Listener::new).collect::<Result<Vec<_>, _>>();
     let milter_listeners = listeners(inherited.milter).map_err(system("milter socket"))?;
     let policy_listeners = listeners(inherited.policy).map_err(system("policy socket"))?;
     // Nothing can fail from here on: no connection is accepted that would be lost with a worker that is not wanted.
