@@ -73,7 +73,10 @@ pub enum MonitorError {
     },
     /// The first worker did not come up; its own message is in the log.
     #[error("the worker could not be started")]
-    Worker,
+    Worker {
+        /// Whether the configuration is at fault.
+        misconfigured: bool,
+    },
 }
 
 fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
@@ -86,10 +89,24 @@ fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
 ///
 /// [`MonitorError`] if it can't start; later trouble is logged and lived with.
 pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), MonitorError> {
+    serve_with(config_path, config, worker::start)
+}
+
+/// As [`serve`], with another worker: what the monitor withstands is tested with one that breaks every rule.
+///
+/// # Errors
+///
+/// As [`serve`].
+pub fn serve_with(
+    config_path: Option<PathBuf>,
+    config: Config,
+    run_worker: fn(Inherited) -> i32,
+) -> Result<(), MonitorError> {
     let listeners = Listeners::bind(&config.server, &Listeners::default())?;
     let signals = block_signals()?;
     let mut monitor = Monitor {
         config_path,
+        run_worker,
         signals,
         jobs: Jobs::default(),
         workers: Vec::new(),
@@ -117,6 +134,8 @@ fn block_signals() -> Result<SignalFd, MonitorError> {
 
 struct Monitor {
     config_path: Option<PathBuf>,
+    /// What a forked worker does.
+    run_worker: fn(Inherited) -> i32,
     signals: SignalFd,
     jobs: Jobs,
     workers: Vec<Worker>,
@@ -255,7 +274,10 @@ impl Monitor {
                 error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was")
             }
             Role::Serving if self.stopping.is_some() => (),
-            Role::Serving if !self.served => return Err(MonitorError::Worker),
+            Role::Serving if !self.served => {
+                let misconfigured = end == ChildEnd::Exited(worker::MISCONFIGURED);
+                return Err(MonitorError::Worker { misconfigured });
+            }
             Role::Serving => {
                 if worker.started.elapsed() >= HEALTHY_AFTER {
                     self.restart.pause = BACKOFF.0;
@@ -405,7 +427,7 @@ impl Monitor {
         let (milter, policy): (Vec<RawFd>, Vec<RawFd>) = (raw(&listeners.milter), raw(&listeners.policy));
         let pid = sys::fork(|| {
             self.forget_all_but(&listeners, &channel);
-            worker::start(Inherited {
+            (self.run_worker)(Inherited {
                 settings: Arc::clone(&settings),
                 monitor,
                 // The owners of these are the parent's; in this process they are never dropped.

@@ -38,6 +38,9 @@ pub struct Inherited {
     pub policy: Vec<OwnedFd>,
 }
 
+/// Exit status of a worker whose configuration can't be used: EX_CONFIG of sysexits.h.
+pub const MISCONFIGURED: i32 = 78;
+
 /// Why a worker can't serve.
 #[derive(Debug, thiserror::Error)]
 enum WorkerError {
@@ -68,7 +71,10 @@ pub fn start(inherited: Inherited) -> i32 {
         Ok(()) => 0,
         Err(error) => {
             error!("worker: {}", Chain(&error));
-            1
+            match error {
+                WorkerError::NoUser(_) | WorkerError::RootUser(_) => MISCONFIGURED,
+                _ => 1,
+            }
         }
     }
 }
