@@ -62,6 +62,8 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
+    // Open until the process is gone: the monitor kills a worker that closes its channel, and why would be lost.
+    std::mem::forget(inherited.channel.try_clone());
     let outcome = prepare_process(&inherited).and_then(|()| {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
@@ -179,8 +181,6 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     }
     milter.close().await;
     let _ = timeout(Duration::from_secs(1), milter_connections.wait()).await;
-    // The socket stays open to the last, so that the monitor sees an orderly exit.
-    std::mem::forget(monitor);
     Ok(())
 }
 
