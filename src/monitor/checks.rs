@@ -56,7 +56,13 @@ impl CheckError {
 /// [`CheckError`], with the path on which the check failed.
 pub(super) fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
     match fs::symlink_metadata(path) {
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+        // A name that is too long is that of no file: a long extension must not pass by the filter that is there.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename
+            ) =>
+        {
             return Err(CheckError::Missing);
         }
         Err(error) => return Err(CheckError::system(path, error)),
@@ -194,6 +200,8 @@ mod tests {
         assert!(scene.fault(&scene.path("dangling")).contains("dangling"));
         assert!(matches!(executable(&scene.path("nothing"), scene.uid), Err(CheckError::Missing)));
         assert!(matches!(executable(&scene.path("a/message"), scene.uid), Err(CheckError::Missing)));
+        let long = scene.path(&format!("message-{}", "x".repeat(300)));
+        assert!(matches!(executable(&long, scene.uid), Err(CheckError::Missing)));
     }
 
     #[test]
