@@ -44,8 +44,9 @@ use crate::{
 const SHELL: &CStr = c"SHELL=/bin/sh";
 const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
-/// Exit status of a child that did not become a filter: EX_UNAVAILABLE. Nobody judges by it; the report does.
-const NOT_RUN: i32 = 69;
+/// Exit status of a child that did not become a filter. The report says why; should it get lost, this is no verdict
+/// either.
+const NOT_RUN: i32 = 126;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;
