@@ -309,9 +309,9 @@ impl Child<'_> {
         inspection.fallback_message = self.fallback(user, Phase::Message);
         let directory = identity.home.join(&self.settings.directory);
         let entries = match fs::read_dir(&directory) {
-            // No directory, or none that the user can read: the user has nothing.
-            Err(_) => return Ok(()),
-            Ok(entries) => entries,
+            Err(error) if checks::is_absence(&error) => return Ok(()),
+            // What is there and can't be seen is not nothing.
+            other => other.map_err(|e| refused(&directory.display().to_string(), e))?,
         };
         for entry in entries.filter_map(Result::ok) {
             let Ok(name) = entry.file_name().into_string() else {
