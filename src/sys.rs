@@ -151,16 +151,27 @@ pub fn adopt(descriptor: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 
+/// Number of the last signal (signal(7)), and the size of the kernel's set of them, in bytes.
+const LAST_SIGNAL: libc::c_int = 64;
+const SIGNAL_SET_SIZE: usize = 8;
+
 /// Sets every signal back to its default action and unblocks all.
+///
+/// The system call is made directly: whoever started us may have ignored real-time signals too, and sigaction(3)
+/// refuses to touch the two that the C library keeps for itself.
 ///
 /// # Errors
 ///
 /// As sigaction(2) and sigprocmask(2).
 pub fn reset_signals() -> nix::Result<()> {
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
-        // SAFETY: the default action runs no code of ours.
-        unsafe { sigaction(signal, &default) }?;
+    // The kernel's struct sigaction: a handler (0 is SIG_DFL), flags, a restorer, and a mask of 8 bytes.
+    let default = [0_u64; 4];
+    for signal in (1..=LAST_SIGNAL).filter(|s| !matches!(*s, libc::SIGKILL | libc::SIGSTOP)) {
+        let old = std::ptr::null_mut::<u64>();
+        // SAFETY: the default action runs no code of ours; `default` is at least as long as the kernel's struct.
+        let result =
+            unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), old, SIGNAL_SET_SIZE) };
+        Errno::result(result)?;
     }
     SigSet::all().thread_unblock()
 }

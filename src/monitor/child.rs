@@ -44,8 +44,9 @@ use crate::{
 const SHELL: &CStr = c"SHELL=/bin/sh";
 const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
-/// Exit status of a child that did not become a filter: EX_UNAVAILABLE. Nobody judges by it; the report does.
-const NOT_RUN: i32 = 69;
+/// Exit status of a child that did not become a filter. The report says why; should it get lost, this is no verdict
+/// either.
+const NOT_RUN: i32 = 126;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;
@@ -316,9 +317,9 @@ impl Child<'_> {
         inspection.fallback_message = self.fallback(user, Phase::Message);
         let directory = identity.home.join(&self.settings.directory);
         let entries = match fs::read_dir(&directory) {
-            // No directory, or none that the user can read: the user has nothing.
-            Err(_) => return Ok(()),
-            Ok(entries) => entries,
+            Err(error) if checks::is_absence(&error) => return Ok(()),
+            // What is there and can't be seen is not nothing.
+            other => other.map_err(|e| refused(&directory.display().to_string(), e))?,
         };
         for entry in entries.filter_map(Result::ok) {
             let Ok(name) = entry.file_name().into_string() else {
