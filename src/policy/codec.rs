@@ -33,7 +33,8 @@ struct Attribute {
 impl Request {
     /// The value of an attribute, if it came and is not empty. Of several the last counts, as in Postfix.
     pub fn get(&self, name: &str) -> Option<&str> {
-        let attribute = self.attributes.iter().rev().find(|a| &self.text[a.name.clone()] == name)?;
+        let (text, name) = (self.text.as_bytes(), name.as_bytes());
+        let attribute = self.attributes.iter().rev().find(|a| &text[a.name.clone()] == name)?;
         Some(&self.text[attribute.value.clone()]).filter(|value| !value.is_empty())
     }
 }
