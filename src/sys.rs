@@ -111,8 +111,8 @@ pub fn close_on_exec_from(first: u32) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
-/// Closes, in a forked child, every descriptor from 3 on that is not in the list, under the same promise as
-/// [`close_in_child`].
+/// Closes every descriptor from 3 on that is not in the list: in a forked child, under the same promise as
+/// [`close_in_child`], or at the start of a program, when nothing else is its own.
 ///
 /// # Errors
 ///
@@ -125,7 +125,7 @@ pub fn close_all_but(kept: &[RawFd]) -> nix::Result<()> {
     for limit in kept.into_iter().map(Some).chain([None]) {
         let last = limit.map_or(u32::MAX, |fd| fd - 1);
         if first <= last {
-            // SAFETY: closing takes numbers; nothing in the child uses these descriptors, as the caller promises.
+            // SAFETY: closing takes numbers; nothing uses these descriptors again, as the caller promises.
             let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
             Errno::result(result)?;
         }
@@ -151,16 +151,16 @@ pub fn adopt(descriptor: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 
-/// Sets every signal back to its default action and unblocks all.
+/// Sets every signal back to its default action, real-time signals included, and unblocks all.
 ///
 /// # Errors
 ///
-/// As sigaction(2) and sigprocmask(2).
+/// As sigprocmask(2).
 pub fn reset_signals() -> nix::Result<()> {
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
-        // SAFETY: the default action runs no code of ours.
-        unsafe { sigaction(signal, &default) }?;
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: the default action runs no code of ours. Signals that can't be changed (SIGKILL, SIGSTOP, and those
+        // that the C library keeps for itself) are refused.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
     SigSet::all().thread_unblock()
 }
