@@ -44,8 +44,9 @@ use crate::{
 const SHELL: &CStr = c"SHELL=/bin/sh";
 const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
-/// Exit status of a child that did not become a filter: EX_UNAVAILABLE. Nobody judges by it; the report does.
-const NOT_RUN: i32 = 69;
+/// Exit status of a child that did not become a filter: EX_SOFTWARE. The report says why; should it be lost, this is a
+/// status that stands for a filter error, and not one that refuses mail.
+const NOT_RUN: i32 = 70;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;

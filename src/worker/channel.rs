@@ -304,38 +304,41 @@ impl Capture {
     /// Waits for something and takes it. Cancel safe: what is taken is kept.
     async fn fill(&mut self) {
         match self.pipe.readable().await {
-            Ok(()) => drop(self.take()),
+            Ok(()) => self.take(),
             Err(_) => self.is_open = false,
         }
     }
 
     /// Takes what a writer that has ended left in the pipe. A pipe holds at most 1 MiB (pipe(7)), so that somebody
     /// who goes on writing can't hold this up.
+    ///
+    /// Asks the kernel: the runtime may not have heard yet that there is something.
     fn fill_now(&mut self) {
+        let mut chunk = [0; 8192];
         let mut taken = 0;
-        while let Some(n) = self.take() {
+        while taken <= 1 << 20
+            && let Ok(n @ 1..) = nix::unistd::read(&self.pipe, &mut chunk)
+        {
             taken += n;
-            if n == 0 || taken > 1 << 20 {
-                break;
-            }
+            self.keep(&chunk[..n]);
         }
     }
 
-    /// The number of bytes that were there; `None` if there is nothing now.
-    fn take(&mut self) -> Option<usize> {
+    /// Takes what the runtime says is there.
+    fn take(&mut self) {
         let mut chunk = [0; 8192];
         match self.pipe.try_read(&mut chunk) {
             Ok(n) => {
                 self.is_open = n > 0;
-                let room = self.limit.saturating_sub(self.bytes.len()).min(n);
-                self.bytes.extend_from_slice(&chunk[..room]);
-                Some(n)
+                self.keep(&chunk[..n]);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            Err(_) => {
-                self.is_open = false;
-                None
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
+            Err(_) => self.is_open = false,
         }
+    }
+
+    fn keep(&mut self, chunk: &[u8]) {
+        let room = self.limit.saturating_sub(self.bytes.len()).min(chunk.len());
+        self.bytes.extend_from_slice(&chunk[..room]);
     }
 }
