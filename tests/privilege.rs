@@ -412,3 +412,44 @@ fn an_attacker_whose_directory_a_link_leads_through_wins_no_race() {
         })
     });
 }
+
+#[test]
+fn a_filter_that_cannot_be_executed_never_refuses_mail() {
+    let site = Site::new();
+    let daemon = Usermilter::start(&site.config(Extra::default()));
+    for (script, why) in [
+        ("#!/nonexistent/interpreter\n", "does the interpreter of its #! line exist?"),
+        ("exit 77\n", "a script needs a #! line"),
+    ] {
+        site.users.filter("alice", "message", script);
+        let seen = daemon.log_lines().len();
+        for _ in 0..20 {
+            let answer = site.judge("alice@test.example");
+            assert!(is_accepted(&answer), "{script}: {}", answer.text());
+        }
+        let told = || daemon.log_lines()[seen..].join("\n").matches(why).count();
+        assert!(common::wait_until(common::PATIENCE, || told() == 20), "{} times: {why}", told());
+    }
+}
+
+#[test]
+fn the_words_of_a_filter_are_never_lost() {
+    let site = Site::new();
+    site.users.filter("alice", "message", "#!/bin/sh\necho 'not today'\nexit 77\n");
+    let _daemon = Usermilter::start(&site.config(Extra::default()));
+    let senders: Vec<_> = (0..4)
+        .map(|_| {
+            let address = site.milter.clone();
+            std::thread::spawn(move || {
+                let mut client = site::session(&address);
+                for _ in 0..100 {
+                    let answer = site::message(&mut client, &["alice@test.example"]);
+                    assert_eq!(answer.text(), "550 5.7.1 not today");
+                }
+            })
+        })
+        .collect();
+    for sender in senders {
+        sender.join().unwrap();
+    }
+}
