@@ -6,18 +6,23 @@
 
 use std::{
     collections::HashMap,
+    future::Future,
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
+use moka::future::Cache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    address::{Address, Sender},
     config,
     monitor::{End, Phase, Refusal, Variable},
     reply::Reply,
     spool::Message,
+    transaction::Envelope,
     user::{User, UserName},
     verdict::{Opinion, Verdict},
     worker::{Finished, Monitor, RunRequest},
@@ -62,6 +67,8 @@ pub struct Answer {
     pub is_error: bool,
     /// How long it ran.
     pub elapsed: Duration,
+    /// What it wrote to standard output.
+    pub output: String,
     /// What it wrote to standard error.
     pub error_output: String,
 }
@@ -82,6 +89,70 @@ pub struct Question<'a> {
     pub deadline: Instant,
     /// Whether the reply may go beyond ASCII.
     pub smtputf8: bool,
+}
+
+/// How long the answer of a `recipient` executable is good for the same question, so that it runs once when both
+/// interfaces ask.
+const RECIPIENT_ANSWER_TTL: Duration = Duration::from_secs(60);
+
+/// Answers remembered. Strangers choose what is asked, so there is a bound.
+const RECIPIENT_ANSWERS: u64 = 10_000;
+
+/// What makes two questions at RCPT TO the same.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RecipientQuestion {
+    user: User,
+    filter: String,
+    client: (Option<IpAddr>, Option<String>),
+    helo: Option<String>,
+    sender: Sender,
+    recipient: Address,
+}
+
+impl RecipientQuestion {
+    /// The question about `recipient` (after aliases), put to one filter of one user.
+    pub fn new(user: &User, filter: &str, envelope: &Envelope, recipient: &Address) -> Self {
+        let client = &envelope.client;
+        Self {
+            user: user.clone(),
+            filter: filter.to_owned(),
+            client: (client.address, client.name.clone()),
+            helo: client.helo.clone(),
+            sender: envelope.sender.clone(),
+            recipient: recipient.clone(),
+        }
+    }
+}
+
+/// What `recipient` executables have said in the last minute.
+#[derive(Debug)]
+pub struct RecipientAnswers(Cache<RecipientQuestion, Answer>);
+
+impl RecipientAnswers {
+    /// None yet.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Self(Cache::builder().max_capacity(RECIPIENT_ANSWERS).time_to_live(RECIPIENT_ANSWER_TTL).build())
+    }
+
+    /// The remembered answer, or that of `ask`, which runs once for simultaneous questions. A filter error is not
+    /// remembered: the script may be mended by the next time.
+    pub async fn get_or_ask(
+        &self,
+        question: RecipientQuestion,
+        ask: impl Future<Output = Option<Answer>>,
+    ) -> Option<Answer> {
+        let ask = async {
+            match ask.await {
+                Some(answer) if !answer.is_error => Ok(answer),
+                other => Err(other),
+            }
+        };
+        match self.0.try_get_with(question, ask).await {
+            Ok(answer) => Some(answer),
+            Err(answer) => (*answer).clone(),
+        }
+    }
 }
 
 /// Runs filters, not too many at a time.
@@ -157,13 +228,19 @@ impl Filters {
     }
 
     fn judge(&self, finished: &Finished, smtputf8: bool) -> Answer {
-        let elapsed = finished.ended.elapsed;
+        let output = String::from_utf8_lossy(&finished.output).into_owned();
         let error_output = String::from_utf8_lossy(&finished.error_output).into_owned();
+        let answer = self.judge_end(finished, &output, smtputf8);
+        Answer { output, error_output, ..answer }
+    }
+
+    fn judge_end(&self, finished: &Finished, text: &str, smtputf8: bool) -> Answer {
+        let elapsed = finished.ended.elapsed;
         match &finished.refusal {
             None => (),
             // Gone since the user was inspected: as if there had been none.
             Some(Refusal::NoFilter | Refusal::NoUser) => {
-                return Answer { error_output, ..accepted("filter is gone".into(), elapsed) };
+                return accepted("filter is gone".into(), elapsed);
             }
             Some(Refusal::Check(why)) => return self.error(format!("not run: {why}"), elapsed),
         }
@@ -171,10 +248,10 @@ impl Filters {
             End::Exited(status) => status,
             End::Signaled(signal) => {
                 let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |s| s.as_str());
-                return Answer { error_output, ..self.error(format!("killed by {name}"), elapsed) };
+                return self.error(format!("killed by {name}"), elapsed);
             }
             End::TimedOut => {
-                return Answer { error_output, ..self.error("timed out".into(), elapsed) };
+                return self.error("timed out".into(), elapsed);
             }
             End::NotStarted(errno) => {
                 let why = nix::errno::Errno::from_raw(errno).desc();
@@ -184,21 +261,18 @@ impl Filters {
         let overridden = u8::try_from(status).ok().and_then(|s| self.settings.exit_status.get(&s));
         let meaning =
             overridden.map_or_else(|| Meaning::of_status(status), |verdict| Meaning::Verdict(*verdict));
-        let text = String::from_utf8_lossy(&finished.output);
         let opinion = match meaning {
-            Meaning::Error => {
-                return Answer { error_output, ..self.error(format!("exit {status}"), elapsed) };
-            }
+            Meaning::Error => return self.error(format!("exit {status}"), elapsed),
             Meaning::AcceptFinally | Meaning::Verdict(Verdict::Accept) => Opinion::Accept,
             Meaning::Verdict(Verdict::Reject) => {
-                Opinion::Reject(Reply::from_text(Verdict::Reject, &text, smtputf8))
+                Opinion::Reject(Reply::from_text(Verdict::Reject, text, smtputf8))
             }
             Meaning::Verdict(Verdict::Defer) => {
-                Opinion::Defer(Reply::from_text(Verdict::Defer, &text, smtputf8))
+                Opinion::Defer(Reply::from_text(Verdict::Defer, text, smtputf8))
             }
         };
         let is_final = meaning == Meaning::AcceptFinally;
-        Answer { opinion, is_final, error_output, ..accepted(format!("exit {status}"), elapsed) }
+        Answer { opinion, is_final, ..accepted(format!("exit {status}"), elapsed) }
     }
 
     fn error(&self, why: String, elapsed: Duration) -> Answer {
@@ -217,6 +291,7 @@ fn accepted(status: String, elapsed: Duration) -> Answer {
         status,
         is_error: false,
         elapsed,
+        output: String::new(),
         error_output: String::new(),
     }
 }

@@ -16,10 +16,11 @@
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
-//! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`]: what their users have, and how it is asked;
-//! * [`recipient`], [`verdict`], [`reply`]: what comes of it.
+//! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it is asked;
+//! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`]: what comes of it.
 
 pub mod address;
+pub mod ballot;
 pub mod cli;
 pub mod config;
 pub mod environment;
@@ -31,11 +32,14 @@ pub mod monitor;
 pub mod pipeline;
 pub mod policy;
 pub mod recipient;
+pub mod record;
 pub mod reply;
 pub mod resolver;
 pub mod rules;
+pub mod ruling;
 pub mod spool;
 pub mod sys;
+pub mod trace_headers;
 pub mod transaction;
 pub mod user;
 pub mod verdict;

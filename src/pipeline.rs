@@ -7,34 +7,31 @@ use std::{
 
 use tokio::{sync::oneshot, task::JoinSet};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::{
     address::Address,
-    config::{Config, OnError, Unknown},
+    ballot::{Ballot, Site},
+    config::{Config, OnError, Split, Unknown},
     environment::{self, Subject},
-    filter::{Answer, Filters, Question},
+    filter::{Filters, Question, RecipientAnswers, RecipientQuestion},
     holdings::Inspector,
     logging::{Chain, Quoted},
     monitor::Phase,
-    recipient::{Judge, Recipient, Standing, combine},
+    recipient::{Decision, FilterSet, Judge, Recipient, Standing},
+    record::{self, Record},
     reply::Reply,
     resolver,
-    rules::{self, Action},
+    rules::{Mixed, Rules},
+    ruling,
     spool::Message,
     transaction::{Client, Envelope, RecipientArgument},
-    verdict::{self, Opinion, Verdict},
+    verdict::{self, Opinion},
     worker::Monitor,
 };
 
 /// How long after the deadline a filter that was told to end may take until its answer is no longer waited for.
 const DEADLINE_MARGIN: Duration = Duration::from_secs(4);
-
-/// Longest field of a line in the log, in characters: a transaction can have thousands of recipients.
-const MAX_FIELD_LENGTH: usize = 8192;
-
-/// Most lines logged of one filter's standard error.
-const MAX_ERROR_LINES: usize = 20;
 
 /// All stages, for both interfaces.
 #[derive(Debug)]
@@ -43,6 +40,7 @@ pub struct Pipeline {
     resolver: resolver::Chain,
     inspector: Inspector,
     filters: Arc<Filters>,
+    recipient_answers: RecipientAnswers,
     /// What must be finished before the worker may leave.
     tracker: TaskTracker,
 }
@@ -52,6 +50,23 @@ pub struct Pipeline {
 pub struct Outcome {
     /// For the MTA.
     pub opinion: Opinion,
+    /// Recipients whose copy goes elsewhere, if the mail is accepted.
+    pub changes: Vec<Change>,
+}
+
+/// A recipient whose copy goes elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The argument of RCPT TO, byte for byte.
+    pub raw: Vec<u8>,
+    /// Where to; `None`: nowhere.
+    pub redirect_to: Option<Address>,
+}
+
+impl Outcome {
+    fn unchanged(opinion: Opinion) -> Self {
+        Self { opinion, changes: Vec::new() }
+    }
 }
 
 impl Pipeline {
@@ -61,6 +76,7 @@ impl Pipeline {
             resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients),
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(Filters::new(Arc::clone(monitor), settings.filter.clone())),
+            recipient_answers: RecipientAnswers::new(),
             settings,
             tracker,
         }
@@ -69,45 +85,76 @@ impl Pipeline {
     /// RCPT TO: finds out who decides about a recipient, and what they say without seeing the message.
     ///
     /// A recipient that is refused or put off ([`Recipient::known`]) is logged, and is no part of the transaction.
-    pub async fn recipient(&self, envelope: &Envelope, argument: RecipientArgument) -> Recipient {
+    /// `first`: the filters that judge the transaction's first recipient, which this one may become.
+    pub async fn recipient(
+        &self,
+        envelope: &Envelope,
+        argument: RecipientArgument,
+        first: &mut Option<FilterSet>,
+    ) -> Recipient {
         let started = Instant::now();
-        let (address, standing) = self.standing(envelope, &argument).await;
-        let recipient = Recipient { argument, address, standing };
+        let mut recipient = self.judge_recipient(envelope, argument).await;
+        if matches!(recipient.known(), None | Some(Opinion::Accept)) {
+            self.split(&mut recipient, first);
+        }
         if let Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) = recipient.known() {
-            log_refused_recipient(envelope, &recipient, &opinion, started);
+            record::refused_recipient(envelope, &recipient, &opinion, started);
         }
         recipient
     }
 
-    async fn standing(
-        &self,
-        envelope: &Envelope,
-        argument: &RecipientArgument,
-    ) -> (Option<Address>, Standing) {
-        let address = match Address::parse(&argument.raw) {
-            Ok(address) => address,
-            Err(error) => {
-                let raw = String::from_utf8_lossy(&argument.raw);
-                warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
-                return (None, self.trouble(None, error.to_string()));
+    /// Puts a recipient off that would be judged by another filter than the transaction's first.
+    fn split(&self, recipient: &mut Recipient, first: &mut Option<FilterSet>) {
+        if self.settings.verdicts.split == Split::Never {
+            return;
+        }
+        let filters = recipient.filters();
+        match first {
+            None => *first = Some(filters),
+            Some(first) if *first == filters => (),
+            Some(_) => {
+                let opinion = Opinion::Defer(Reply::one_filter_at_a_time());
+                recipient.standing = Standing::Refused(Decision { opinion, by: "split".into() });
             }
-        };
-        let standing = match self.is_trusted(&envelope.client) {
-            Some(why) => Standing::Unjudged(why.into()),
-            None if self.is_exempt(&address) => Standing::Unjudged("exempt".into()),
-            None => self.standing_of_address(envelope, argument, &address).await,
-        };
-        (Some(address), standing)
+        }
     }
 
-    async fn standing_of_address(
-        &self,
-        envelope: &Envelope,
-        argument: &RecipientArgument,
-        address: &Address,
-    ) -> Standing {
+    async fn judge_recipient(&self, envelope: &Envelope, argument: RecipientArgument) -> Recipient {
+        let mut recipient = Recipient {
+            address: None,
+            standing: Standing::Unjudged(String::new()),
+            site_waits_for_size: false,
+            argument,
+        };
+        match Address::parse(&recipient.argument.raw) {
+            Ok(address) => {
+                recipient.standing = match self.is_trusted(&envelope.client) {
+                    Some(why) => Standing::Unjudged(why.into()),
+                    None if self.is_exempt(&address) => Standing::Unjudged("exempt".into()),
+                    None => self.standing(envelope, &mut recipient, &address).await,
+                };
+                recipient.address = Some(address);
+            }
+            Err(error) => {
+                let raw = String::from_utf8_lossy(&recipient.argument.raw);
+                warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
+                recipient.standing = self.trouble(None, error.to_string());
+            }
+        }
+        recipient
+    }
+
+    async fn standing(&self, envelope: &Envelope, recipient: &mut Recipient, address: &Address) -> Standing {
         let settings = &self.settings.recipients;
+        let argument = &recipient.argument;
         let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
+        if let Some(rules) = self.site_rules().filter(|_| is_local || self.resolver.is_our_domain(address)) {
+            match ruling::decide(rules, "site ", envelope, address, envelope.declared_size) {
+                Some(Decision { opinion: Opinion::Accept, by }) => return Standing::Unjudged(by),
+                Some(decision) => return Standing::Refused(decision),
+                None => recipient.site_waits_for_size = rules.depends_on_size(),
+            }
+        }
         // Sendmail has resolved the address already and says to which mailbox; Postfix repeats it.
         let mailbox = argument.mailbox.as_deref().filter(|_| is_local);
         let mailbox = mailbox.and_then(|mailbox| Address::parse(mailbox.as_bytes()).ok());
@@ -119,7 +166,8 @@ impl Pipeline {
             Ok(resolution) if resolution.is_nobody() => match settings.unknown {
                 Unknown::Pass => Standing::Unjudged("unknown".into()),
                 Unknown::Reject => {
-                    Standing::Refused(Opinion::Reject(Reply::unknown_user()), "unknown user".into())
+                    let opinion = Opinion::Reject(Reply::unknown_user());
+                    Standing::Refused(Decision { opinion, by: "unknown user".into() })
                 }
             },
             // Somebody gets the mail who can't be asked: whatever the others say, the recipient accepts.
@@ -127,38 +175,105 @@ impl Pipeline {
             Ok(resolution) => {
                 let mut judges = Vec::with_capacity(resolution.users.len());
                 for user in resolution.users {
-                    judges.push(self.judge(envelope, address, user).await);
+                    judges.push(self.judge(envelope, argument, address, user).await);
                 }
                 Standing::Judged(judges)
             }
         }
     }
 
+    fn site_rules(&self) -> Option<&Rules> {
+        self.settings.recipients.rules.as_ref().map(|rules| &*rules.compiled)
+    }
+
     /// What one user says at RCPT TO.
-    async fn judge(&self, envelope: &Envelope, address: &Address, resolved: resolver::ResolvedUser) -> Judge {
-        let resolver::ResolvedUser { user, address: final_address, extension } = resolved;
-        let (holdings, decided) = match self.inspector.holdings(&user).await {
-            Ok(holdings) => {
-                let decided = holdings
-                    .rules
-                    .as_ref()
-                    .and_then(|rules| rule(rules, envelope, address, envelope.declared_size));
-                (holdings, decided)
-            }
+    async fn judge(
+        &self,
+        envelope: &Envelope,
+        argument: &RecipientArgument,
+        address: &Address,
+        resolved: resolver::ResolvedUser,
+    ) -> Judge {
+        let resolver::ResolvedUser { user, address: final_address, extension, directory_rules } = resolved;
+        let holdings = match self.inspector.holdings(&user).await {
+            Ok(holdings) => holdings,
             Err(error) => {
                 let why = Chain(&*error).to_string();
                 warn!("{}: user {}: {}", envelope.queue_id(), user.name, Quoted(&why));
-                (Arc::default(), Some((self.opinion_on_error(None), format!("not asked: {why}"))))
+                let opinion = self.opinion_on_error(None);
+                let decided = Some(Decision { opinion, by: format!("not asked: {why}") });
+                let holdings = Arc::default();
+                return Judge { user, address: final_address, extension, directory_rules, holdings, decided };
             }
         };
-        Judge { user, address: final_address, extension, holdings, decided }
+        let size = envelope.declared_size;
+        let by_directory =
+            directory_rules.as_ref().and_then(|r| ruling::decide(r, "directory ", envelope, address, size));
+        let rules = holdings.rules.as_ref();
+        let decided =
+            by_directory.or_else(|| rules.and_then(|r| ruling::decide(r, "", envelope, address, size)));
+        let mut judge = Judge { user, address: final_address, extension, directory_rules, holdings, decided };
+        if judge.decided.is_none() {
+            judge.decided = self.ask_recipient_filter(envelope, argument, &judge).await;
+        }
+        judge
+    }
+
+    /// Asks the user's `recipient` executable, if there is one; `None`: go on to the message filter.
+    async fn ask_recipient_filter(
+        &self,
+        envelope: &Envelope,
+        argument: &RecipientArgument,
+        judge: &Judge,
+    ) -> Option<Decision> {
+        let extension = judge.extension.as_deref();
+        let filter = judge.holdings.inspection.filter(Phase::Recipient, extension)?;
+        let question = RecipientQuestion::new(&judge.user, &filter.name, envelope, &judge.address);
+        let subject =
+            Subject { address: &judge.address, extension, argument, all: vec![judge.address.to_string()] };
+        let ask = async {
+            let question = Question {
+                user: &judge.user,
+                phase: Phase::Recipient,
+                extension,
+                variables: environment::variables(
+                    envelope,
+                    Phase::Recipient,
+                    envelope.declared_size,
+                    &subject,
+                ),
+                message: None,
+                deadline: Instant::now() + self.settings.filter.recipient_deadline.0,
+                smtputf8: envelope.smtputf8,
+            };
+            let answer = self.filters.ask(question, &CancellationToken::new()).await;
+            if let Some(answer) = &answer {
+                record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
+            }
+            answer
+        };
+        let answer = self.recipient_answers.get_or_ask(question, ask).await?;
+        let goes_on = answer.opinion == Opinion::Accept && !answer.is_final;
+        if answer.is_error {
+            warn!(
+                "{}: user {}: {}: {}",
+                envelope.queue_id(),
+                judge.user.name,
+                filter.name,
+                Quoted(&answer.status)
+            );
+        }
+        (!goes_on).then(|| Decision {
+            opinion: answer.opinion.clone(),
+            by: format!("{}: {}, {:.3}s", filter.name, answer.status, answer.elapsed.as_secs_f64()),
+        })
     }
 
     /// Our own trouble with a recipient: accepted, or 4xx where the configuration says so.
     fn trouble(&self, on_error: Option<OnError>, why: String) -> Standing {
         match self.opinion_on_error(on_error) {
             Opinion::Accept => Standing::Unjudged(why),
-            opinion => Standing::Refused(opinion, why),
+            opinion => Standing::Refused(Decision { opinion, by: why }),
         }
     }
 
@@ -206,26 +321,38 @@ impl Pipeline {
         self.resolver.refresh();
     }
 
-    /// Whether the message is needed to decide: as soon as somebody accepts, it is not.
-    pub fn needs_message(recipients: &[Recipient]) -> bool {
+    /// Whether the message is needed to decide: as soon as somebody accepts, it is not, unless refusers' copies go
+    /// elsewhere.
+    pub fn needs_message(&self, recipients: &[Recipient], can_change_recipients: bool) -> bool {
         let known: Vec<_> = recipients.iter().map(Recipient::known).collect();
-        !verdict::is_settled(known.iter().map(Option::as_ref)) && known.iter().any(Option::is_none)
+        let everybody_counts = self.mixed(can_change_recipients) != Mixed::Deliver;
+        known.iter().any(Option::is_none)
+            && (everybody_counts || !verdict::is_settled(known.iter().map(Option::as_ref)))
+    }
+
+    /// What may become of refusers' copies: with an MTA that lets nobody change recipients, they are delivered.
+    fn mixed(&self, can_change_recipients: bool) -> Mixed {
+        if can_change_recipients { self.settings.verdicts.mixed } else { Mixed::Deliver }
     }
 
     /// The outcome of a transaction whose message need not be seen.
     pub fn without_message(&self, envelope: &Envelope, recipients: &[Recipient], why: &str) -> Outcome {
-        let record = Record { opinion: Opinion::Accept, users: Vec::new(), size: envelope.declared_size };
-        record.log(envelope, recipients, why, Instant::now());
-        Outcome { opinion: Opinion::Accept }
+        self.at_once(envelope, recipients, why, Opinion::Accept)
     }
 
     /// The outcome of a transaction that our own trouble keeps from being judged.
     pub fn on_trouble(&self, envelope: &Envelope, recipients: &[Recipient], why: &str) -> Outcome {
-        let opinion = self.opinion_on_error(None);
         warn!("{}: not judged: {}", envelope.queue_id(), Quoted(why));
-        let record = Record { opinion: opinion.clone(), users: Vec::new(), size: envelope.declared_size };
-        record.log(envelope, recipients, "trouble", Instant::now());
-        Outcome { opinion }
+        self.at_once(envelope, recipients, "trouble", self.opinion_on_error(None))
+    }
+
+    fn at_once(&self, envelope: &Envelope, recipients: &[Recipient], why: &str, opinion: Opinion) -> Outcome {
+        let size = envelope.declared_size;
+        let (verdicts, changes, started) = (None, String::new(), Instant::now());
+        let record =
+            Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started };
+        record.log();
+        Outcome::unchanged(opinion)
     }
 
     /// End of message: asks the filters, side by side, and tells the outcome as soon as it is settled.
@@ -236,32 +363,92 @@ impl Pipeline {
         envelope: Envelope,
         recipients: Vec<Recipient>,
         message: Message,
+        can_change_recipients: bool,
     ) -> oneshot::Receiver<Outcome> {
         let (sender, receiver) = oneshot::channel();
         let pipeline = Arc::clone(self);
-        self.tracker.spawn(async move { pipeline.ask_all(envelope, recipients, message, sender).await });
+        let mixed = self.mixed(can_change_recipients);
+        self.tracker
+            .spawn(async move { pipeline.ask_all(&envelope, &recipients, message, mixed, sender).await });
         receiver
     }
 
     async fn ask_all(
         self: Arc<Self>,
-        envelope: Envelope,
-        recipients: Vec<Recipient>,
+        envelope: &Envelope,
+        recipients: &[Recipient],
         message: Message,
-        outcome: oneshot::Sender<Outcome>,
+        mixed: Mixed,
+        sender: oneshot::Sender<Outcome>,
     ) {
         let started = Instant::now();
         let deadline = started + self.settings.filter.deadline.0;
         let size = message.size();
-        let mut ballot = Ballot::new(&envelope, &recipients, size);
+        let mut ballot = Ballot::new(envelope, recipients, size, Site { rules: self.site_rules(), mixed });
         let settled = CancellationToken::new();
+        let mut running = self.start_filters(&ballot, envelope, message, deadline, &settled);
+        let mut sender = Some(sender);
+        let mut tell = |outcome: Outcome| {
+            if let Some(sender) = sender.take() {
+                // An MTA that has gone away does not want to know.
+                let _ = sender.send(outcome);
+            }
+            settled.cancel();
+        };
+        let give_up = tokio::time::sleep_until((deadline + DEADLINE_MARGIN).into());
+        tokio::pin!(give_up);
+        let mut is_given_up = false;
+        loop {
+            if ballot.is_settled() {
+                tell(self.outcome(&ballot, mixed));
+            }
+            tokio::select! {
+                answer = running.join_next() => match answer {
+                    Some(Ok((n, answer))) => {
+                        if let Some(answer) = &answer {
+                            let poll = &ballot.polls()[n];
+                            let user = poll.judge.user.name.as_str();
+                            record::error_output(envelope, user, poll.filter, &answer.error_output);
+                        }
+                        ballot.record(n, answer);
+                    }
+                    Some(Err(error)) => warn!("{}: filter task: {error}", envelope.queue_id()),
+                    None => break,
+                },
+                () = &mut give_up, if !is_given_up => {
+                    is_given_up = true;
+                    ballot.give_up(&self.opinion_on_error(None));
+                }
+            }
+        }
+        // A task that panicked has left no answer.
+        ballot.give_up(&self.opinion_on_error(None));
+        let outcome = self.outcome(&ballot, mixed);
+        tell(outcome.clone());
+        let verdicts = Some(ballot.lines());
+        let changes = outcome.changes.iter().map(Change::shown).collect::<Vec<_>>().join(", ");
+        let opinion = &outcome.opinion;
+        let size = Some(size);
+        Record { envelope, recipients, verdicts, opinion, why: "", changes, size, started }.log();
+    }
+
+    /// The answers come in any order, each with the number of its poll.
+    fn start_filters(
+        self: &Arc<Self>,
+        ballot: &Ballot<'_>,
+        envelope: &Envelope,
+        message: Message,
+        deadline: Instant,
+        settled: &CancellationToken,
+    ) -> JoinSet<(usize, Option<crate::filter::Answer>)> {
+        let (size, smtputf8) = (message.size(), envelope.smtputf8);
         let message = Arc::new(message);
         let mut running = JoinSet::new();
-        for (n, poll) in ballot.polls.iter().enumerate() {
-            let (pipeline, settled, message) = (Arc::clone(&self), settled.clone(), Arc::clone(&message));
-            let variables = poll.variables(&envelope, &recipients, size);
+        for (n, poll) in ballot.polls().iter().enumerate() {
+            let (filters, settled, message) =
+                (Arc::clone(&self.filters), settled.clone(), Arc::clone(&message));
+            let variables = ballot.variables(poll, envelope, size);
             let (user, extension) = (poll.judge.user.clone(), poll.judge.extension.clone());
-            let smtputf8 = envelope.smtputf8;
             running.spawn(async move {
                 let question = Question {
                     user: &user,
@@ -272,347 +459,48 @@ impl Pipeline {
                     deadline,
                     smtputf8,
                 };
-                (n, pipeline.filters.ask(question, &settled).await)
+                (n, filters.ask(question, &settled).await)
             });
         }
-        drop(message);
-        let mut outcome = Some(outcome);
-        let give_up = tokio::time::sleep_until((deadline + DEADLINE_MARGIN).into());
-        tokio::pin!(give_up);
-        loop {
-            if outcome.is_some() && ballot.is_settled(&recipients) {
-                settled.cancel();
-                tell(&mut outcome, ballot.outcome(&recipients));
-            }
-            tokio::select! {
-                answer = running.join_next() => match answer {
-                    Some(Ok((n, answer))) => {
-                        if let Some(answer) = &answer {
-                            log_error_output(&envelope, &ballot.polls[n], answer);
-                        }
-                        ballot.record(n, answer);
-                    }
-                    Some(Err(error)) => warn!("{}: filter task: {error}", envelope.queue_id()),
-                    None => break,
-                },
-                () = &mut give_up, if outcome.is_some() => {
-                    ballot.give_up(self.opinion_on_error(None));
-                    tell(&mut outcome, ballot.outcome(&recipients));
-                }
-            }
+        running
+    }
+
+    fn outcome(&self, ballot: &Ballot<'_>, mixed: Mixed) -> Outcome {
+        let opinion = ballot.outcome();
+        if opinion != Opinion::Accept {
+            return Outcome::unchanged(opinion);
         }
-        // A task that panicked has left no answer.
-        ballot.give_up(self.opinion_on_error(None));
-        let opinion = ballot.outcome(&recipients);
-        tell(&mut outcome, opinion.clone());
-        let record = Record { opinion, users: ballot.lines(&recipients), size: Some(size) };
-        record.log(&envelope, &recipients, "", started);
-    }
-}
-
-fn tell(outcome: &mut Option<oneshot::Sender<Outcome>>, opinion: Opinion) {
-    if let Some(sender) = outcome.take() {
-        // An MTA that has gone away does not want to know.
-        let _ = sender.send(Outcome { opinion });
-    }
-}
-
-/// What a user's rules say, if they decide.
-fn rule(
-    rules: &rules::Rules,
-    envelope: &Envelope,
-    recipient: &Address,
-    size: Option<u64>,
-) -> Option<(Opinion, String)> {
-    let client = &envelope.client;
-    let ruling = rules.judge(&rules::Question {
-        sender: &envelope.sender,
-        recipient,
-        client_address: client.address,
-        client_name: client.name.as_deref(),
-        helo: client.helo.as_deref(),
-        size,
-        today: jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date(),
-    });
-    let by = ruling.rule.map_or("default rule".to_owned(), |n| format!("rule {n}"));
-    let reply = |verdict, default: Reply| {
-        ruling.reply.map_or(default, |text| Reply::from_text(verdict, text, envelope.smtputf8))
-    };
-    let opinion = match ruling.action {
-        Action::Filter => return None,
-        Action::Accept => Opinion::Accept,
-        Action::Reject => Opinion::Reject(reply(Verdict::Reject, Reply::default_reject())),
-        Action::Defer => Opinion::Defer(reply(Verdict::Defer, Reply::default_defer())),
-    };
-    Some((opinion, by))
-}
-
-/// Who is asked about a message, for whom, and what they said.
-struct Ballot {
-    polls: Vec<Poll>,
-    /// Per recipient and judge: what is decided, or which poll decides.
-    seats: Vec<Vec<Seat>>,
-}
-
-/// One filter of one user, asked once however many recipients lead to it.
-struct Poll {
-    judge: Judge,
-    filter: String,
-    /// Indexes of recipients.
-    recipients: Vec<usize>,
-    state: PollState,
-}
-
-enum PollState {
-    Waiting,
-    NotNeeded,
-    Answered(Answer),
-    GivenUp(Opinion),
-}
-
-enum Seat {
-    Decided(Opinion, String),
-    Poll(usize),
-}
-
-impl Ballot {
-    fn new(envelope: &Envelope, recipients: &[Recipient], size: u64) -> Self {
-        let mut ballot = Self { polls: Vec::new(), seats: Vec::with_capacity(recipients.len()) };
-        for (n, recipient) in recipients.iter().enumerate() {
-            let seats =
-                recipient.judges().iter().map(|judge| ballot.seat(envelope, recipient, judge, n, size));
-            let seats = seats.collect();
-            ballot.seats.push(seats);
-        }
-        ballot
+        let changes = ballot.refusers().filter_map(|recipient| self.change(recipient, mixed)).collect();
+        Outcome { opinion, changes }
     }
 
-    fn seat(
-        &mut self,
-        envelope: &Envelope,
-        recipient: &Recipient,
-        judge: &Judge,
-        n: usize,
-        size: u64,
-    ) -> Seat {
-        if let Some((opinion, by)) = &judge.decided {
-            return Seat::Decided(opinion.clone(), by.clone());
-        }
-        // Rules that look at the size were asked with what the client declared; now it is known.
-        if let (true, Some(rules), Some(address)) =
-            (judge.waits_for_size(), &judge.holdings.rules, &recipient.address)
-            && let Some((opinion, by)) = rule(rules, envelope, address, Some(size))
-        {
-            return Seat::Decided(opinion, by);
-        }
-        let Some(filter) = judge.message_filter() else {
-            return Seat::Decided(Opinion::Accept, "no filter".into());
-        };
-        let known = self.polls.iter().position(|p| p.judge.user == judge.user && p.filter == filter);
-        let index = known.unwrap_or_else(|| {
-            self.polls.push(Poll {
-                judge: judge.clone(),
-                filter: filter.to_owned(),
-                recipients: Vec::new(),
-                state: PollState::Waiting,
-            });
-            self.polls.len() - 1
-        });
-        if self.polls[index].recipients.last() != Some(&n) {
-            self.polls[index].recipients.push(n);
-        }
-        Seat::Poll(index)
-    }
-
-    fn record(&mut self, poll: usize, answer: Option<Answer>) {
-        self.polls[poll].state = answer.map_or(PollState::NotNeeded, PollState::Answered);
-    }
-
-    fn give_up(&mut self, opinion: Opinion) {
-        for poll in self.polls.iter_mut().filter(|poll| matches!(poll.state, PollState::Waiting)) {
-            poll.state = PollState::GivenUp(opinion.clone());
-        }
-    }
-
-    fn opinion_of_seat(&self, seat: &Seat) -> Option<Opinion> {
-        match seat {
-            Seat::Decided(opinion, _) => Some(opinion.clone()),
-            Seat::Poll(n) => match &self.polls[*n].state {
-                PollState::Answered(answer) => Some(answer.opinion.clone()),
-                PollState::GivenUp(opinion) => Some(opinion.clone()),
-                PollState::Waiting | PollState::NotNeeded => None,
-            },
-        }
-    }
-
-    fn opinions(&self) -> Vec<Option<Opinion>> {
-        let of_recipient = |seats: &Vec<Seat>| {
-            let opinions: Vec<_> = seats.iter().map(|seat| self.opinion_of_seat(seat)).collect();
-            combine(&opinions)
-        };
-        self.seats.iter().map(of_recipient).collect()
-    }
-
-    fn is_settled(&self, _recipients: &[Recipient]) -> bool {
-        let opinions = self.opinions();
-        verdict::is_settled(opinions.iter().map(Option::as_ref)) || opinions.iter().all(Option::is_some)
-    }
-
-    /// The outcome, when it is settled. What is not known then can't change it.
-    fn outcome(&self, recipients: &[Recipient]) -> Opinion {
-        let opinions = self.opinions();
-        let known: Vec<(&Address, &Opinion)> = recipients
-            .iter()
-            .zip(&opinions)
-            .filter_map(|(recipient, opinion)| Some((recipient.address.as_ref()?, opinion.as_ref()?)))
-            .collect();
-        // A recipient without a readable address is one that nobody could be asked about.
-        if recipients.iter().any(|recipient| recipient.address.is_none()) {
-            return Opinion::Accept;
-        }
-        verdict::of_transaction(&known)
-    }
-
-    /// For the log: each user's verdict, how it came about, and how long it took.
-    fn lines(&self, recipients: &[Recipient]) -> Vec<String> {
-        let mut lines = Vec::new();
-        for (recipient, seats) in recipients.iter().zip(&self.seats) {
-            for (seat, judge) in seats.iter().zip(recipient.judges()) {
-                if let Seat::Decided(opinion, by) = seat {
-                    lines.push(format!("{}={} ({by})", judge.user.name, opinion.verdict().as_str()));
-                }
+    /// What becomes of a refuser's copy.
+    fn change(&self, recipient: &Recipient, mixed: Mixed) -> Option<Change> {
+        let raw = recipient.argument.raw.clone();
+        match recipient.mixed(mixed) {
+            Mixed::Deliver => None,
+            Mixed::Drop => Some(Change { raw, redirect_to: None }),
+            Mixed::Redirect => {
+                let address = recipient.address.as_ref()?;
+                let delimiters = &self.settings.recipients.delimiters;
+                let extension = recipient.redirect_extension();
+                let extension = extension.unwrap_or(&self.settings.verdicts.redirect_extension);
+                let (base, _) = address.split_extension(delimiters);
+                // Without a delimiter there is no such address, and the mail must go somewhere.
+                let local = format!("{base}{}{extension}", delimiters.chars().next()?);
+                Some(Change { raw, redirect_to: Some(address.with_local(local)) })
             }
         }
-        for poll in &self.polls {
-            let (user, filter) = (&poll.judge.user.name, &poll.filter);
-            lines.push(match &poll.state {
-                PollState::Answered(answer) => {
-                    let verdict = if answer.is_error { "error" } else { answer.opinion.verdict().as_str() };
-                    let seconds = answer.elapsed.as_secs_f64();
-                    format!("{user}={verdict} ({filter}: {}, {seconds:.3}s)", answer.status)
-                }
-                PollState::NotNeeded => format!("{user}=not-asked ({filter})"),
-                PollState::GivenUp(_) | PollState::Waiting => format!("{user}=error ({filter}: no answer)"),
-            });
+    }
+}
+
+impl Change {
+    fn shown(&self) -> String {
+        let raw = String::from_utf8_lossy(&self.raw);
+        let old = raw.trim_start_matches('<').trim_end_matches('>');
+        match &self.redirect_to {
+            Some(new) => format!("<{old}> redirected to <{new}>"),
+            None => format!("<{old}> dropped"),
         }
-        lines
-    }
-}
-
-impl Poll {
-    fn variables(
-        &self,
-        envelope: &Envelope,
-        recipients: &[Recipient],
-        size: u64,
-    ) -> Vec<(crate::monitor::Variable, String)> {
-        let addresses = self.recipients.iter().filter_map(|n| recipients[*n].address.as_ref());
-        let subject = Subject {
-            address: &self.judge.address,
-            extension: self.judge.extension.as_deref(),
-            argument: &recipients[self.recipients[0]].argument,
-            all: addresses.map(Address::to_string).collect(),
-        };
-        environment::variables(envelope, Phase::Message, Some(size), &subject)
-    }
-}
-
-/// What the log says of a transaction.
-struct Record {
-    opinion: Opinion,
-    users: Vec<String>,
-    size: Option<u64>,
-}
-
-impl Record {
-    fn log(&self, envelope: &Envelope, recipients: &[Recipient], why: &str, started: Instant) {
-        let users = match &self.users[..] {
-            [] => recipients.iter().map(self::why).collect(),
-            users => users.to_vec(),
-        };
-        let to: Vec<String> = recipients.iter().map(|recipient| shown(&recipient.argument)).collect();
-        let line = Line { to: to.join(","), verdicts: users.join(", "), opinion: &self.opinion, started };
-        let outcome = self.opinion.verdict().as_str();
-        let (separator, size) =
-            (if why.is_empty() { "" } else { " without message: " }, self.size.unwrap_or(0));
-        line.log(envelope, size, &format!("{outcome}{separator}{why}"));
-    }
-}
-
-fn log_refused_recipient(envelope: &Envelope, recipient: &Recipient, opinion: &Opinion, started: Instant) {
-    let line = Line { to: shown(&recipient.argument), verdicts: why(recipient), opinion, started };
-    let what = format!("{} at RCPT TO", opinion.verdict().as_str());
-    line.log(envelope, envelope.declared_size.unwrap_or(0), &what);
-}
-
-/// One line of the log. Fields are strings, which the log's writer quotes and escapes.
-struct Line<'a> {
-    to: String,
-    verdicts: String,
-    opinion: &'a Opinion,
-    started: Instant,
-}
-
-impl Line<'_> {
-    fn log(&self, envelope: &Envelope, size: u64, what: &str) {
-        let reply = self.opinion.reply().map(Reply::to_string).unwrap_or_default();
-        info!(
-            interface = envelope.interface.as_str(),
-            from = shorten(&format!("<{}>", envelope.sender)),
-            to = shorten(&self.to),
-            client = shorten(&client(&envelope.client)),
-            helo = shorten(envelope.client.helo.as_deref().unwrap_or_default()),
-            verdicts = shorten(&self.verdicts),
-            outcome = self.opinion.verdict().as_str(),
-            reply = shorten(&reply),
-            size,
-            seconds = self.started.elapsed().as_millis() as f64 / 1000.0,
-            "{}: {what}",
-            Quoted(envelope.queue_id()),
-        );
-    }
-}
-
-/// The start of a text that strangers can make long.
-fn shorten(text: &str) -> &str {
-    let end = text.char_indices().nth(MAX_FIELD_LENGTH).map_or(text.len(), |(at, _)| at);
-    &text[..end]
-}
-
-fn why(recipient: &Recipient) -> String {
-    match &recipient.standing {
-        Standing::Unjudged(why) | Standing::Refused(_, why) => {
-            format!("{} ({why})", shown(&recipient.argument))
-        }
-        Standing::Judged(judges) => {
-            let each = judges.iter().map(|judge| match &judge.decided {
-                Some((opinion, by)) => format!("{}={} ({by})", judge.user.name, opinion.verdict().as_str()),
-                None => match judge.message_filter() {
-                    Some(filter) => format!("{}=not-asked ({filter})", judge.user.name),
-                    None => format!("{}=accept (no filter)", judge.user.name),
-                },
-            });
-            each.collect::<Vec<_>>().join(", ")
-        }
-    }
-}
-
-/// What a filter wrote to standard error, a line each.
-fn log_error_output(envelope: &Envelope, poll: &Poll, answer: &Answer) {
-    for line in answer.error_output.lines().filter(|line| !line.trim().is_empty()).take(MAX_ERROR_LINES) {
-        info!("{}: {} {}: {}", Quoted(envelope.queue_id()), poll.judge.user.name, poll.filter, Quoted(line));
-    }
-}
-
-fn shown(argument: &RecipientArgument) -> String {
-    let raw = String::from_utf8_lossy(&argument.raw);
-    format!("<{}>", raw.trim_start_matches('<').trim_end_matches('>'))
-}
-
-fn client(client: &Client) -> String {
-    let name = client.name.as_deref().unwrap_or("unknown");
-    match client.address {
-        Some(address) => format!("{name}[{address}]"),
-        None => format!("{name}[unknown]"),
     }
 }

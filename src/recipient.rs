@@ -6,8 +6,9 @@ use crate::{
     address::Address,
     holdings::Holdings,
     monitor::Phase,
+    rules::{Mixed, Rules},
     transaction::RecipientArgument,
-    user::User,
+    user::{User, UserName},
     verdict::{self, Opinion},
 };
 
@@ -20,6 +21,8 @@ pub struct Recipient {
     pub address: Option<Address>,
     /// Who decides.
     pub standing: Standing,
+    /// Whether the site's rules look at the size, which is known for certain only at the end.
+    pub site_waits_for_size: bool,
 }
 
 /// Who decides about a recipient.
@@ -27,10 +30,19 @@ pub struct Recipient {
 pub enum Standing {
     /// Nobody: accepted, and why.
     Unjudged(String),
-    /// Nobody: refused or put off at once, and why.
-    Refused(Opinion, String),
+    /// Nobody: refused or put off at once.
+    Refused(Decision),
     /// Its users.
     Judged(Vec<Judge>),
+}
+
+/// An opinion and what it comes from, for the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// The opinion.
+    pub opinion: Opinion,
+    /// As `rule 3` or `recipient: exit 77`.
+    pub by: String,
 }
 
 /// One user who is asked about one recipient.
@@ -42,11 +54,16 @@ pub struct Judge {
     pub address: Address,
     /// Its extension.
     pub extension: Option<String>,
+    /// The user's lists of senders in the directory, asked before the user's rules.
+    pub directory_rules: Option<Arc<Rules>>,
     /// What the user has.
     pub holdings: Arc<Holdings>,
-    /// What is decided before the message is seen, and by what.
-    pub decided: Option<(Opinion, String)>,
+    /// What is decided before the message is seen.
+    pub decided: Option<Decision>,
 }
+
+/// The message filters that judge a recipient; empty: none does.
+pub type FilterSet = Vec<(UserName, String)>;
 
 impl Judge {
     /// The name of the message filter that is to be asked, unless the matter is decided.
@@ -60,14 +77,13 @@ impl Judge {
 
     /// Whether the user's rules look at the size, which is known for certain only at the end.
     pub fn waits_for_size(&self) -> bool {
-        self.decided.is_none()
-            && self.holdings.rules.as_ref().is_some_and(crate::rules::Rules::depends_on_size)
+        self.decided.is_none() && self.holdings.rules.as_ref().is_some_and(Rules::depends_on_size)
     }
 
     /// The opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
         match &self.decided {
-            Some((opinion, _)) => Some(opinion.clone()),
+            Some(decision) => Some(decision.opinion.clone()),
             None if self.message_filter().is_none() && !self.waits_for_size() => Some(Opinion::Accept),
             None => None,
         }
@@ -78,18 +94,51 @@ impl Recipient {
     /// The users who are asked.
     pub fn judges(&self) -> &[Judge] {
         match &self.standing {
-            Standing::Unjudged(_) | Standing::Refused(..) => &[],
+            Standing::Unjudged(_) | Standing::Refused(_) => &[],
             Standing::Judged(judges) => judges,
         }
     }
 
     /// The recipient's opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
-        if let Standing::Refused(opinion, _) = &self.standing {
-            return Some(opinion.clone());
+        if let Standing::Refused(decision) = &self.standing {
+            return Some(decision.opinion.clone());
         }
         let opinions: Vec<Option<Opinion>> = self.judges().iter().map(Judge::known).collect();
-        combine(&opinions)
+        match combine(&opinions) {
+            // The site is asked before the users, and may still refuse.
+            Some(Opinion::Accept) if self.site_waits_for_size => None,
+            known => known,
+        }
+    }
+
+    /// The filters that judge the message for this recipient.
+    pub fn filters(&self) -> FilterSet {
+        let filters = self.judges().iter().filter_map(|judge| {
+            let filter = judge.message_filter()?;
+            Some((judge.user.name.clone(), filter.to_owned()))
+        });
+        let mut filters: FilterSet = filters.collect();
+        filters.sort();
+        filters
+    }
+
+    /// What is to become of this recipient's copy if it refuses and others accept: the user's wish, but never more
+    /// than the site allows. An alias with several users has no wish of its own.
+    pub fn mixed(&self, site: Mixed) -> Mixed {
+        self.wish(Rules::mixed).map_or(site, |wish| wish.min(site))
+    }
+
+    /// The extension to redirect to, if the user wants another than the site's.
+    pub fn redirect_extension(&self) -> Option<&str> {
+        self.wish(Rules::redirect_extension)
+    }
+
+    fn wish<'a, T>(&'a self, wish: impl Fn(&'a Rules) -> Option<T>) -> Option<T> {
+        match self.judges() {
+            [judge] => judge.holdings.rules.as_ref().and_then(wish),
+            _ => None,
+        }
     }
 }
 
@@ -115,5 +164,34 @@ mod tests {
         assert_eq!(combine(&[reject(), None]), None);
         assert_eq!(combine(&[Some(Opinion::Accept), None]), Some(Opinion::Accept));
         assert_eq!(combine(&[reject(), reject()]), reject());
+    }
+
+    #[test]
+    fn a_user_may_wish_for_less_than_the_site_allows_but_not_for_more() {
+        let with = |text: &str| {
+            let rules = Rules::parse(text, |_| None).unwrap();
+            let judge = Judge {
+                user: User {
+                    name: UserName::try_from("alice".to_owned()).unwrap(),
+                    account: crate::user::Account::Passwd,
+                    program: None,
+                },
+                address: Address::parse(b"alice@example.org").unwrap(),
+                extension: None,
+                directory_rules: None,
+                holdings: Arc::new(Holdings { rules: Some(rules), ..Holdings::default() }),
+                decided: None,
+            };
+            Recipient {
+                argument: RecipientArgument::default(),
+                address: None,
+                standing: Standing::Judged(vec![judge]),
+                site_waits_for_size: false,
+            }
+        };
+        assert_eq!(with("mixed = \"drop\"").mixed(Mixed::Deliver), Mixed::Deliver);
+        assert_eq!(with("mixed = \"drop\"").mixed(Mixed::Redirect), Mixed::Redirect);
+        assert_eq!(with("mixed = \"deliver\"").mixed(Mixed::Drop), Mixed::Deliver);
+        assert_eq!(with("").mixed(Mixed::Drop), Mixed::Drop);
     }
 }

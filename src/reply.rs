@@ -11,7 +11,8 @@ use crate::{address::Address, verdict::Verdict};
 /// Most lines of a reply; libmilter's `smfi_setmlreply` takes no more.
 pub const MAX_LINES: usize = 32;
 
-/// Longest text of a line, in bytes as the MTA gets it; libmilter takes 980. Codes are not counted.
+/// Longest text of a line, in bytes as the MTA gets it; libmilter takes 980. Codes are not counted. RFC 5321
+/// §4.5.3.1.5 gives whole lines 512 octets and wants clients to take more; MTAs pass these on as they are.
 pub const MAX_LINE_LENGTH: usize = 960;
 
 /// A reply that refuses or puts off.
@@ -36,6 +37,19 @@ impl Reply {
         Self::new(451, (7, 1), "recipient asks to try again later")
     }
 
+    /// The reply of a verdict that says nothing. An accept has none; it gets that of a defer, which refuses nobody.
+    pub fn default_of(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Reject => Self::default_reject(),
+            Verdict::Accept | Verdict::Defer => Self::default_defer(),
+        }
+    }
+
+    /// `452 4.5.3`, for a recipient who is to be asked alone.
+    pub fn one_filter_at_a_time() -> Self {
+        Self::new(452, (5, 3), "recipients who filter differently are taken one at a time")
+    }
+
     /// `550 5.1.1`, for an address of ours that nobody has.
     pub fn unknown_user() -> Self {
         Self::new(550, (1, 1), "no such user here")
@@ -55,10 +69,7 @@ impl Reply {
     /// Codes that do not agree with the verdict, and 421 and 521, are replaced by the default; so is an empty
     /// text. For an accept, which has no reply, the result is that of a defer: nothing can turn it into a refusal.
     pub fn from_text(verdict: Verdict, text: &str, smtputf8: bool) -> Self {
-        let default = match verdict {
-            Verdict::Reject => Self::default_reject(),
-            Verdict::Accept | Verdict::Defer => Self::default_defer(),
-        };
+        let default = Self::default_of(verdict);
         let mut lines = text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
         let first = lines.next().unwrap_or_default().trim();
         let class = default.class();
@@ -85,10 +96,7 @@ impl Reply {
 
     /// One reply for recipients that differ: the default codes and a line for each address, up to [`MAX_LINES`].
     pub fn per_recipient(verdict: Verdict, replies: &[(&Address, &Self)]) -> Self {
-        let default = match verdict {
-            Verdict::Reject => Self::default_reject(),
-            Verdict::Accept | Verdict::Defer => Self::default_defer(),
-        };
+        let default = Self::default_of(verdict);
         let line = |(address, reply): &(&Address, &Self)| {
             clean_line(&format!("<{address}>: {}", reply.lines.join(" ")), true)
         };

@@ -151,16 +151,27 @@ pub fn adopt(descriptor: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 
-/// Sets every signal back to its default action, real-time signals included, and unblocks all.
+/// Number of the last signal (signal(7)), and the size of the kernel's set of them, in bytes.
+const LAST_SIGNAL: libc::c_int = 64;
+const SIGNAL_SET_SIZE: usize = 8;
+
+/// Sets every signal back to its default action and unblocks all.
+///
+/// The system call is made directly: whoever started us may have ignored real-time signals too, and sigaction(3)
+/// refuses to touch the two that the C library keeps for itself.
 ///
 /// # Errors
 ///
-/// As sigprocmask(2).
+/// As sigaction(2) and sigprocmask(2).
 pub fn reset_signals() -> nix::Result<()> {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: the default action runs no code of ours. Signals that can't be changed (SIGKILL, SIGSTOP, and those
-        // that the C library keeps for itself) are refused.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // The kernel's struct sigaction: a handler (0 is SIG_DFL), flags, a restorer, and a mask of 8 bytes.
+    let default = [0_u64; 4];
+    for signal in (1..=LAST_SIGNAL).filter(|s| !matches!(*s, libc::SIGKILL | libc::SIGSTOP)) {
+        let old = std::ptr::null_mut::<u64>();
+        // SAFETY: the default action runs no code of ours; `default` is at least as long as the kernel's struct.
+        let result =
+            unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), old, SIGNAL_SET_SIZE) };
+        Errno::result(result)?;
     }
     SigSet::all().thread_unblock()
 }
@@ -226,7 +237,7 @@ pub fn receive_with_descriptors(socket: impl AsFd, buffer: &mut [u8]) -> nix::Re
         while let Some(head) = part.as_ref() {
             if (head.cmsg_level, head.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
                 let data = libc::CMSG_DATA(part).cast::<RawFd>();
-                let count = (head.cmsg_len as usize - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
+                let count = (head.cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
                 descriptors.extend((0..count).map(|at| OwnedFd::from_raw_fd(data.add(at).read_unaligned())));
             }
             part = libc::CMSG_NXTHDR(&raw const header, part);

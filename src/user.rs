@@ -50,6 +50,38 @@ pub struct User {
     pub name: UserName,
     /// Where uid, gid and home come from.
     pub account: Account,
+    /// A program of the site that is the user's message filter, for users who have none of their own.
+    pub program: Option<ProgramName>,
+}
+
+/// The name of a program in one of `filter.program-directories`: one path component, not hidden.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ProgramName(String);
+
+impl ProgramName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for ProgramName {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, Self::Error> {
+        let bad = name.is_empty()
+            || name.len() > MAX_NAME_LENGTH
+            || name.starts_with('.')
+            || name.chars().any(|c| c.is_control() || c == '/');
+        if bad { Err(format!("{name:?} is no name of a program")) } else { Ok(Self(name)) }
+    }
+}
+
+impl From<ProgramName> for String {
+    fn from(name: ProgramName) -> Self {
+        name.0
+    }
 }
 
 /// Where a user's uid, gid and home come from.

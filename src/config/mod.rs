@@ -3,12 +3,15 @@
 //! [`Config::load`] is the only way to get one from a file; after it no code checks a setting again.
 
 mod error;
+pub mod ldap;
+mod template;
 mod values;
 
 use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,7 +19,8 @@ pub use error::{ConfigError, Place};
 use serde::Deserialize;
 pub use values::{ByteSize, FileMode, IdRange, Network, SocketAddress, Span};
 
-use crate::verdict::Verdict;
+pub use crate::rules::Mixed;
+use crate::{rules::Rules, verdict::Verdict};
 
 /// Where the configuration is looked for when `--config` names no other file.
 pub const DEFAULT_PATH: &str = "/etc/usermilter/usermilter.toml";
@@ -86,6 +90,8 @@ pub struct Recipients {
     pub trusted_networks: Vec<Network>,
     /// Whether mail of authenticated clients is judged.
     pub judge_authenticated: bool,
+    /// The site's rules.
+    pub rules: Option<SiteRules>,
 }
 
 /// `recipients.unknown`
@@ -113,6 +119,8 @@ pub enum ResolverConfig {
         /// The file.
         path: PathBuf,
     },
+    /// A directory.
+    Ldap(Box<ldap::LdapConfig>),
 }
 
 /// `[filter]`
@@ -126,6 +134,10 @@ pub struct Filter {
     pub timeout: Span,
     /// Time limit of all filters of a transaction.
     pub deadline: Span,
+    /// Time limit of a `recipient` executable. There is no way to tell an MTA at RCPT TO that an answer takes time:
+    /// stay below Postfix's milter_command_timeout (30 s) and smtpd_policy_service_timeout (100 s), and Sendmail's
+    /// time limit R (10 s by default).
+    pub recipient_deadline: Span,
     /// What a filter error means.
     pub on_error: OnError,
     /// Filters don't run for larger messages, which are accepted.
@@ -162,6 +174,15 @@ pub struct Filter {
     pub virtual_homes: Vec<PathBuf>,
     /// No filter runs as a user below.
     pub min_uid: u32,
+    /// Where programs lie, owned by root, that a directory entry may name as a user's filter.
+    #[serde(deserialize_with = "absolute_paths")]
+    pub program_directories: Vec<PathBuf>,
+    /// The message filter of users who have none of their own, owned by root.
+    #[serde(deserialize_with = "absolute_path")]
+    pub default_message: Option<PathBuf>,
+    /// The `recipient` executable of users who have none of their own, owned by root.
+    #[serde(deserialize_with = "absolute_path")]
+    pub default_recipient: Option<PathBuf>,
     /// Line endings of what a filter reads.
     pub line_endings: LineEndings,
     /// Whether Return-Path and Received are put on top.
@@ -202,16 +223,68 @@ pub enum LineEndings {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Verdicts {
-    /// What becomes of refusers' copies when others accept.
+    /// What becomes of refusers' copies when others accept; users may wish for less.
     pub mixed: Mixed,
+    /// The extension of addresses that refusers' copies are redirected to.
+    #[serde(deserialize_with = "extension")]
+    pub redirect_extension: String,
+    /// Whether recipients who filter differently are taken one at a time.
+    pub split: Split,
 }
 
-/// `verdict.mixed`
+/// `verdict.split`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Mixed {
-    /// Everybody gets the mail.
-    Deliver,
+pub enum Split {
+    /// Recipients are taken as they come.
+    Never,
+    /// One filter per transaction: other recipients are put off with `452 4.5.3`.
+    Always,
+}
+
+/// `recipients.rules`: the site's own rules, asked before any user's.
+#[derive(Clone, Debug)]
+pub struct SiteRules {
+    /// The file; sender files are looked for beside it.
+    pub path: PathBuf,
+    /// What is in it; empty until [`Config::load`] has read it.
+    pub compiled: Arc<Rules>,
+}
+
+impl<'de> Deserialize<'de> for SiteRules {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Self { path: PathBuf::deserialize(deserializer)?, compiled: Arc::default() })
+    }
+}
+
+impl SiteRules {
+    fn read(&mut self) -> Result<(), ConfigError> {
+        let read_error = |path: &Path, source| ConfigError::Read { path: path.into(), source };
+        let text = fs::read_to_string(&self.path).map_err(|source| read_error(&self.path, source))?;
+        let directory = self.path.parent().unwrap_or(Path::new("/"));
+        let mut unreadable = None;
+        let compiled = Rules::parse(&text, |name| {
+            let path = directory.join(name);
+            match fs::read_to_string(&path) {
+                Ok(text) => Some(text),
+                Err(source) => {
+                    unreadable.get_or_insert(read_error(&path, source));
+                    None
+                }
+            }
+        });
+        match (compiled, unreadable) {
+            (_, Some(error)) => Err(error),
+            (Ok(rules), None) => {
+                self.compiled = Arc::new(rules);
+                Ok(())
+            }
+            (Err(error), None) => Err(ConfigError::Invalid {
+                place: Place { path: self.path.clone(), line: error.line, column: error.column },
+                message: error.message,
+            }),
+        }
+    }
 }
 
 /// `[log]`
@@ -258,14 +331,23 @@ impl Config {
     /// [`ConfigError`], with the place of the fault.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        match fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text, file),
-            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => Self::parse("", file),
-            Err(source) => Err(ConfigError::Read { path: file.into(), source }),
+        let mut config = match fs::read_to_string(file) {
+            Ok(text) => Self::parse(&text, file)?,
+            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => Self::parse("", file)?,
+            Err(source) => return Err(ConfigError::Read { path: file.into(), source }),
+        };
+        if let Some(rules) = &mut config.recipients.rules {
+            rules.read()?;
         }
+        for resolver in &mut config.resolvers {
+            if let ResolverConfig::Ldap(ldap) = resolver {
+                ldap.load_secrets()?;
+            }
+        }
+        Ok(config)
     }
 
-    /// Reads the text of a configuration; `path` is for messages.
+    /// Reads the text of a configuration, and no other file; `path` is for messages.
     ///
     /// # Errors
     ///
@@ -315,6 +397,7 @@ impl Default for Recipients {
             unknown: Unknown::Pass,
             trusted_networks: ["127.0.0.0/8", "::1"].iter().filter_map(|n| n.parse().ok()).collect(),
             judge_authenticated: false,
+            rules: None,
         }
     }
 }
@@ -331,6 +414,7 @@ impl Default for Filter {
             directory: ".usermilter".into(),
             timeout: Span(Duration::from_secs(60)),
             deadline: Span(Duration::from_secs(240)),
+            recipient_deadline: Span(Duration::from_secs(25)),
             on_error: OnError::Accept,
             max_message: ByteSize(50 << 20),
             max_processes: 64,
@@ -348,6 +432,9 @@ impl Default for Filter {
             virtual_uids: IdRange { first: 5000, last: 5999 },
             virtual_homes: vec!["/var/vmail".into()],
             min_uid: min_uid(),
+            program_directories: vec!["/usr/lib/usermilter/filters".into()],
+            default_message: None,
+            default_recipient: None,
             line_endings: LineEndings::Lf,
             trace_headers: true,
         }
@@ -356,7 +443,7 @@ impl Default for Filter {
 
 impl Default for Verdicts {
     fn default() -> Self {
-        Self { mixed: Mixed::Deliver }
+        Self { mixed: Mixed::Deliver, redirect_extension: "junk".into(), split: Split::Never }
     }
 }
 
@@ -398,6 +485,25 @@ fn absolute_paths<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<V
         Some(path) => {
             Err(serde::de::Error::custom(format!("\"{}\": expected an absolute path", path.display())))
         }
+    }
+}
+
+fn absolute_path<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    if path.is_absolute() {
+        Ok(Some(path))
+    } else {
+        Err(serde::de::Error::custom(format!("\"{}\": expected an absolute path", path.display())))
+    }
+}
+
+fn extension<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let extension = String::deserialize(deserializer)?;
+    let bad = |c: char| c.is_control() || c.is_whitespace() || matches!(c, '/' | '@');
+    if extension.is_empty() || extension.starts_with('.') || extension.contains(bad) {
+        Err(serde::de::Error::custom(format!("\"{extension}\" is no extension of an address")))
+    } else {
+        Ok(extension)
     }
 }
 

@@ -4,6 +4,7 @@ mod negotiation;
 mod session;
 
 use std::{
+    ffi::CString,
     future::Future,
     io,
     pin::Pin,
@@ -12,7 +13,9 @@ use std::{
     time::Duration,
 };
 
-use indymilter::{Callbacks, Context, EomContext, SetErrorReply, Status};
+use indymilter::{
+    ActionError, Callbacks, Context, ContextActions, EomActions, EomContext, SetErrorReply, Status,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch,
@@ -20,7 +23,13 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
-use crate::{config::Config, pipeline::Pipeline, reply::Reply, verdict::Opinion, worker::Stream};
+use crate::{
+    config::Config,
+    pipeline::{Change, Pipeline},
+    reply::Reply,
+    verdict::Opinion,
+    worker::Stream,
+};
 use session::Session;
 
 /// A connection that says nothing for as long is closed. Somewhat above two hours, as in libmilter, since an MTA
@@ -201,14 +210,11 @@ fn with(
 }
 
 async fn end_of_message(cx: &mut EomContext<Session>) -> Status {
-    use indymilter::ContextActions;
-    let Some(session) = cx.data.as_mut() else {
-        return Status::Tempfail;
-    };
+    let Some(session) = cx.data.as_mut() else { return Status::Tempfail };
     let mut outcome = session.end_of_message(&cx.macros).await;
-    let opinion = loop {
+    let outcome = loop {
         tokio::select! {
-            opinion = &mut outcome => break opinion,
+            outcome = &mut outcome => break outcome,
             () = tokio::time::sleep(PROGRESS_INTERVAL) => {
                 if let Err(error) = cx.actions.progress().await {
                     debug!("the MTA went away while filters run: {error}");
@@ -217,8 +223,23 @@ async fn end_of_message(cx: &mut EomContext<Session>) -> Status {
             }
         }
     };
-    session.abort();
-    answer(&mut cx.reply, &opinion, Status::Accept)
+    for change in &outcome.changes {
+        if let Err(error) = change_recipient(&cx.actions, change).await {
+            // Half a change would lose mail or deliver it twice: the client is to come again.
+            error!("recipient cannot be changed: {error}");
+            return Status::Tempfail;
+        }
+    }
+    answer(&mut cx.reply, &outcome.opinion, Status::Accept)
+}
+
+async fn change_recipient(actions: &EomActions, change: &Change) -> Result<(), ActionError> {
+    // A milter argument has no NUL, since it ends at one.
+    let raw = CString::new(change.raw.clone()).map_err(|_| ActionError::InvalidParam)?;
+    if let Some(address) = &change.redirect_to {
+        actions.add_recipient(format!("<{address}>")).await?;
+    }
+    actions.delete_recipient(raw).await
 }
 
 /// The reply and the status for an opinion.

@@ -30,8 +30,11 @@ pub(super) struct Terms {
     pub(super) macros: HashMap<MacroStage, CString>,
 }
 
+/// What redirecting and dropping refusers' copies takes.
+pub(super) const CHANGE_RECIPIENTS: Actions = Actions::ADD_RCPT.union(Actions::DELETE_RCPT);
+
 /// What to take of what an MTA offers.
-pub(super) fn terms(actions: Actions, options: ProtoOpts) -> Terms {
+pub(super) fn terms(actions: Actions, options: ProtoOpts, wants_changes: bool) -> Terms {
     let lists_macros = actions.contains(Actions::REQUEST_MACROS);
     let mut wanted = ProtoOpts::NO_UNKNOWN
         | ProtoOpts::NOREPLY_CONNECT
@@ -50,7 +53,12 @@ pub(super) fn terms(actions: Actions, options: ProtoOpts) -> Terms {
     } else {
         HashMap::new()
     };
-    Terms { actions: actions & Actions::REQUEST_MACROS, options: options & wanted, macros }
+    let mut wanted_actions = Actions::REQUEST_MACROS;
+    // One without the other would lose mail or deliver it twice.
+    if wants_changes && actions.contains(CHANGE_RECIPIENTS) {
+        wanted_actions |= CHANGE_RECIPIENTS;
+    }
+    Terms { actions: actions & wanted_actions, options: options & wanted, macros }
 }
 
 #[cfg(test)]
@@ -59,16 +67,17 @@ mod tests {
 
     #[test]
     fn nothing_is_requested_that_is_not_offered() {
-        let none = terms(Actions::empty(), ProtoOpts::empty());
+        let none = terms(Actions::empty(), ProtoOpts::empty(), true);
         assert_eq!((none.actions, none.options), (Actions::empty(), ProtoOpts::empty()));
         assert!(none.macros.is_empty());
-        let old = terms(Actions::ADD_HEADER, ProtoOpts::NO_CONNECT | ProtoOpts::NO_HELO);
+        let old = terms(Actions::ADD_RCPT, ProtoOpts::NO_CONNECT | ProtoOpts::NO_HELO, true);
+        assert!(old.actions.is_empty(), "adding recipients without deleting any would deliver twice");
         assert!(old.options.is_empty(), "without macro lists the client is known from CONNECT only");
     }
 
     #[test]
     fn stages_that_need_no_answer_get_none() {
-        let all = terms(Actions::all(), ProtoOpts::all());
+        let all = terms(Actions::all(), ProtoOpts::all(), false);
         for quiet in [
             ProtoOpts::NOREPLY_HELO,
             ProtoOpts::NOREPLY_MAIL,
@@ -77,6 +86,7 @@ mod tests {
         ] {
             assert!(all.options.contains(quiet));
         }
+        assert_eq!(all.actions, Actions::REQUEST_MACROS);
         for answered in [ProtoOpts::NOREPLY_RCPT, ProtoOpts::NOREPLY_DATA, ProtoOpts::NOREPLY_BODY] {
             assert!(!all.options.contains(answered));
         }

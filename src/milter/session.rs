@@ -6,7 +6,6 @@
 use std::{ffi::CStr, future::Future, io, pin::Pin, sync::Arc};
 
 use indymilter::{Actions, Macros, NegotiateContext, ProtoOpts, SocketInfo, Status};
-use tokio::sync::oneshot;
 use tokio_util::{
     bytes::Bytes,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
@@ -16,11 +15,12 @@ use tracing::{debug, warn};
 use super::negotiation;
 use crate::{
     address::Sender,
-    config::Config,
+    config::{Config, Mixed},
     logging::Quoted,
     pipeline::{Outcome, Pipeline},
-    recipient::Recipient,
+    recipient::{FilterSet, Recipient},
     spool::{Spool, SpoolSettings},
+    trace_headers,
     transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::Opinion,
 };
@@ -34,6 +34,8 @@ pub(super) struct Session {
     settings: Arc<Config>,
     transactions: TaskTracker,
     options: ProtoOpts,
+    /// Whether the MTA lets us delete recipients and add others.
+    can_change_recipients: bool,
     /// From CONNECT, with an MTA that takes no macro lists.
     peer: Client,
     helo: Option<String>,
@@ -55,6 +57,8 @@ struct Transaction {
     /// Host name of the MTA, for the Received header.
     host: String,
     recipients: Vec<Recipient>,
+    /// The filters that judge the first recipient.
+    first: Option<FilterSet>,
     /// Why nobody is asked about it, if so.
     unjudged: Option<String>,
     /// Keeps a draining worker alive.
@@ -70,7 +74,7 @@ enum Content {
 }
 
 /// The future of a transaction's outcome.
-pub(super) type OutcomeFuture = Pin<Box<dyn Future<Output = Opinion> + Send>>;
+pub(super) type OutcomeFuture = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 impl Session {
     pub(super) fn new(pipeline: Arc<Pipeline>, settings: Arc<Config>, transactions: TaskTracker) -> Self {
@@ -79,6 +83,7 @@ impl Session {
             settings,
             transactions,
             options: ProtoOpts::empty(),
+            can_change_recipients: false,
             peer: Client::default(),
             helo: None,
             state: State::Idle,
@@ -91,7 +96,12 @@ impl Session {
         actions: Actions,
         options: ProtoOpts,
     ) {
-        let terms = negotiation::terms(actions, options);
+        let wants_changes = self.settings.verdicts.mixed != Mixed::Deliver;
+        let terms = negotiation::terms(actions, options, wants_changes);
+        self.can_change_recipients = terms.actions.contains(negotiation::CHANGE_RECIPIENTS);
+        if wants_changes && !self.can_change_recipients {
+            warn!("verdict.mixed: this MTA lets nobody change recipients, so refusers' copies are delivered");
+        }
         debug!(?actions, ?options, ?terms, "milter negotiation");
         self.options = terms.options;
         cx.requested_actions = terms.actions;
@@ -145,6 +155,7 @@ impl Session {
             envelope,
             host: value(macros, c"j").unwrap_or_else(|| "localhost".into()),
             recipients: Vec::new(),
+            first: None,
             unjudged,
             _token: self.transactions.token(),
         }));
@@ -195,7 +206,8 @@ impl Session {
             mailer: value(macros, c"{rcpt_mailer}"),
             mailbox: value(macros, c"{rcpt_addr}"),
         };
-        let recipient = self.pipeline.recipient(&transaction.envelope, argument).await;
+        let recipient =
+            self.pipeline.recipient(&transaction.envelope, argument, &mut transaction.first).await;
         match recipient.known() {
             Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) => opinion,
             Some(Opinion::Accept) | None => {
@@ -215,7 +227,7 @@ impl Session {
         if let Some(why) = &transaction.unjudged {
             return Some(self.pipeline.on_trouble(envelope, recipients, why).opinion);
         }
-        if !Pipeline::needs_message(recipients) {
+        if !self.pipeline.needs_message(recipients, self.can_change_recipients) {
             return Some(
                 self.pipeline.without_message(envelope, recipients, "nobody's filter decides").opinion,
             );
@@ -235,16 +247,9 @@ impl Session {
 
     fn new_spool(&self, transaction: &Transaction) -> io::Result<Spool> {
         let filter = &self.settings.filter;
-        let settings = SpoolSettings {
-            directory: filter.spool_directory.clone(),
-            memory_limit: filter.memory_limit.0,
-            line_endings: filter.line_endings,
-        };
-        let mut spool = Spool::new(settings, transaction.envelope.declared_size)?;
+        let mut spool = Spool::new(SpoolSettings::new(filter), transaction.envelope.declared_size)?;
         if filter.trace_headers {
-            for (name, value) in transaction.trace_headers() {
-                spool.header(name.as_bytes(), value.as_bytes())?;
-            }
+            trace_headers::write(&mut spool, &transaction.envelope, &transaction.host)?;
         }
         Ok(spool)
     }
@@ -330,19 +335,21 @@ impl Session {
     pub(super) async fn end_of_message(&mut self, macros: &Macros) -> OutcomeFuture {
         let _ = self.begin_message(macros);
         let State::Message(mut transaction, content) = std::mem::replace(&mut self.state, State::Idle) else {
-            return ready(Opinion::Accept);
+            return ready(Outcome { opinion: Opinion::Accept, changes: Vec::new() });
         };
         transaction.note_queue_id(macros);
         let Transaction { envelope, recipients, .. } = *transaction;
         let spool = match content {
             Content::Spooling(spool) => spool,
             Content::TooLarge => {
-                return ready(
-                    self.pipeline.without_message(&envelope, &recipients, "larger than max-message").opinion,
-                );
+                return ready(self.pipeline.without_message(
+                    &envelope,
+                    &recipients,
+                    "larger than max-message",
+                ));
             }
             Content::Failed(why) => {
-                return ready(self.pipeline.on_trouble(&envelope, &recipients, &why).opinion);
+                return ready(self.pipeline.on_trouble(&envelope, &recipients, &why));
             }
         };
         let finished = if spool.is_on_disk() {
@@ -353,13 +360,14 @@ impl Session {
         };
         match finished {
             Ok(message) => {
-                let outcome = self.pipeline.message(envelope, recipients, message);
-                let trouble = self.pipeline.opinion_on_trouble();
-                Box::pin(wait_for(outcome, trouble))
+                let outcome =
+                    self.pipeline.message(envelope, recipients, message, self.can_change_recipients);
+                let trouble = Outcome { opinion: self.pipeline.opinion_on_trouble(), changes: Vec::new() };
+                Box::pin(async { outcome.await.unwrap_or(trouble) })
             }
             Err(error) => {
                 let why = self.spool_failed(&error);
-                ready(self.pipeline.on_trouble(&envelope, &recipients, &why).opinion)
+                ready(self.pipeline.on_trouble(&envelope, &recipients, &why))
             }
         }
     }
@@ -371,12 +379,8 @@ impl Session {
     }
 }
 
-async fn wait_for(outcome: oneshot::Receiver<Outcome>, trouble: Opinion) -> Opinion {
-    outcome.await.map_or(trouble, |outcome| outcome.opinion)
-}
-
-fn ready(opinion: Opinion) -> OutcomeFuture {
-    Box::pin(std::future::ready(opinion))
+fn ready(outcome: Outcome) -> OutcomeFuture {
+    Box::pin(std::future::ready(outcome))
 }
 
 impl Transaction {
@@ -386,41 +390,6 @@ impl Transaction {
             self.envelope.queue_id = value(macros, c"i");
         }
     }
-
-    /// What a delivery agent would see on top of the message. No recipient is named: others read the same file.
-    fn trace_headers(&self) -> [(&'static str, String); 2] {
-        let client = &self.envelope.client;
-        let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
-        let date = jiff::fmt::rfc2822::to_string(&now).unwrap_or_default();
-        let helo = client.helo.as_deref().unwrap_or("unknown");
-        let name = client.name.as_deref().unwrap_or("unknown");
-        let address = match client.address {
-            Some(std::net::IpAddr::V6(address)) => format!("IPv6:{address}"),
-            Some(address) => address.to_string(),
-            None => "unknown".into(),
-        };
-        let with = match (&client.tls, &client.sasl) {
-            (Some(_), Some(_)) => "ESMTPSA",
-            (Some(_), None) => "ESMTPS",
-            (None, Some(_)) => "ESMTPA",
-            (None, None) => "ESMTP",
-        };
-        let received = format!(
-            " from {} ({} [{address}])\n\tby {} (usermilter) with {with} id {};\n\t{date}",
-            token(helo),
-            token(name),
-            token(&self.host),
-            token(self.envelope.queue_id()),
-        );
-        [("Return-Path", format!(" <{}>", self.envelope.sender)), ("Received", received)]
-    }
-}
-
-/// A stranger's word as one atom of a header: nothing that could end it.
-fn token(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() || matches!(c, ' ' | '(' | ')' | '\\' | '"' | ';') { '?' } else { c })
-        .collect()
 }
 
 /// A name that the MTA has verified. It writes `unknown`, or the address in brackets, where it has none.

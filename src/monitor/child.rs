@@ -44,9 +44,9 @@ use crate::{
 const SHELL: &CStr = c"SHELL=/bin/sh";
 const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
-/// Exit status of a child that did not become a filter: EX_SOFTWARE. The report says why; should it be lost, this is a
-/// status that stands for a filter error, and not one that refuses mail.
-const NOT_RUN: i32 = 70;
+/// Exit status of a child that did not become a filter. The report says why; should it get lost, this is no verdict
+/// either.
+const NOT_RUN: i32 = 126;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;
@@ -94,7 +94,7 @@ impl Child<'_> {
         }
         let outcome = self.become_user(user).and_then(|identity| {
             let mut inspection = Inspection { uid: identity.uid.as_raw(), ..Inspection::default() };
-            self.find_files(&identity, &mut inspection)?;
+            self.find_files(user, &identity, &mut inspection)?;
             inspection.home = identity.home;
             Ok(inspection)
         });
@@ -128,9 +128,11 @@ impl Child<'_> {
             prctl::set_no_new_privs().map_err(|e| refused("prctl(PR_SET_NO_NEW_PRIVS)", e))?;
         }
         umask(Mode::S_IRWXG | Mode::S_IRWXO);
-        chdir(&identity.home)
-            .map_err(|e| Refusal::Check(format!("home {}: {}", identity.home.display(), e.desc())))?;
         let filter = self.find_filter(&identity, run)?;
+        // A virtual user of whom the directory knows all may have no home.
+        chdir(&identity.home)
+            .or_else(|_| chdir("/"))
+            .map_err(|e| Refusal::Check(format!("home {}: {}", identity.home.display(), e.desc())))?;
         let filter = CString::new(filter.as_os_str().as_bytes()).map_err(|e| refused("path of filter", e))?;
         let environment = environment(&identity, run.variables);
 
@@ -264,8 +266,15 @@ impl Child<'_> {
 
     fn find_filter(&self, identity: &Identity, run: &Run<'_>) -> Result<PathBuf, Refusal> {
         let directory = identity.home.join(&self.settings.directory);
-        for name in run.phase.candidates(run.extension) {
-            match checks::executable(&directory.join(name), identity.uid.as_raw()) {
+        let uid = identity.uid.as_raw();
+        let own = run.phase.candidates(run.extension).into_iter().map(|name| (directory.join(name), uid));
+        // The site's programs belong to root; the user could not be trusted with another's.
+        let site = self.fallback_paths(run.user, run.phase).into_iter().map(|path| (path, 0));
+        for (path, owner) in own.chain(site) {
+            match checks::executable(&path, owner) {
+                Err(CheckError::Missing) if owner == 0 => {
+                    return Err(Refusal::Check(format!("{}: no such program", path.display())));
+                }
                 Err(CheckError::Missing) => (),
                 Err(failed) => return Err(Refusal::Check(failed.to_string())),
                 Ok(path) => return Ok(path),
@@ -274,12 +283,43 @@ impl Child<'_> {
         Err(Refusal::NoFilter)
     }
 
-    fn find_files(&self, identity: &Identity, inspection: &mut Inspection) -> Result<(), Refusal> {
+    /// Where a filter of the site's may lie, for a user without one.
+    fn fallback_paths(&self, user: &User, phase: Phase) -> Vec<PathBuf> {
+        let s = self.settings;
+        match (phase, &user.program) {
+            (Phase::Recipient, _) => s.default_recipient.iter().cloned().collect(),
+            // Named by the directory, it must be there: no default takes its place.
+            (Phase::Message, Some(program)) => {
+                let paths: Vec<_> = s.program_directories.iter().map(|d| d.join(program.as_str())).collect();
+                let present = paths.iter().find(|path| path.exists()).or(paths.first()).cloned();
+                present.into_iter().collect()
+            }
+            (Phase::Message, None) => s.default_message.iter().cloned().collect(),
+        }
+    }
+
+    fn fallback(&self, user: &User, phase: Phase) -> Option<FilterFile> {
+        let path = self.fallback_paths(user, phase).into_iter().next()?;
+        let problem = checks::executable(&path, 0).err().map(|failed| match failed {
+            CheckError::Missing => format!("{}: no such program", path.display()),
+            failed @ CheckError::Failed { .. } => failed.to_string(),
+        });
+        Some(FilterFile { name: path.display().to_string(), problem })
+    }
+
+    fn find_files(
+        &self,
+        user: &User,
+        identity: &Identity,
+        inspection: &mut Inspection,
+    ) -> Result<(), Refusal> {
+        inspection.fallback_recipient = self.fallback(user, Phase::Recipient);
+        inspection.fallback_message = self.fallback(user, Phase::Message);
         let directory = identity.home.join(&self.settings.directory);
         let entries = match fs::read_dir(&directory) {
-            // No directory, or none that the user can read: the user has nothing.
-            Err(_) => return Ok(()),
-            Ok(entries) => entries,
+            Err(error) if checks::is_absence(&error) => return Ok(()),
+            // What is there and can't be seen is not nothing.
+            other => other.map_err(|e| refused(&directory.display().to_string(), e))?,
         };
         for entry in entries.filter_map(Result::ok) {
             let Ok(name) = entry.file_name().into_string() else {
@@ -412,7 +452,8 @@ mod tests {
     fn refusal(user: &str, account: Account) -> String {
         let settings = settings();
         let child = Child { settings: &settings, monitor: getppid() };
-        let user = User { name: UserName::try_from(user.to_owned()).unwrap(), account };
+        let name = UserName::try_from(user.to_owned()).unwrap();
+        let user = User { name, account, program: None };
         match child.identify(&user) {
             Ok(identity) => format!("{} allowed", identity.uid),
             Err(Refusal::Check(why)) => why,

@@ -92,6 +92,22 @@ pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), Monitor
     serve_with(config_path, config, worker::start)
 }
 
+/// Runs one worker to its end, without sockets, and serves its requests as those of any worker: for commands that
+/// show what the daemon would do. Returns the worker's exit status.
+///
+/// # Errors
+///
+/// [`MonitorError`] if it can't start, or ends without a status.
+pub fn run_once(
+    config: Config,
+    run_worker: impl Fn(Inherited) -> i32 + 'static,
+) -> Result<i32, MonitorError> {
+    let mut monitor = Monitor::start(None, config, Listeners::default(), Box::new(run_worker))?;
+    monitor.runs_once = true;
+    monitor.run()?;
+    monitor.status.ok_or(MonitorError::Worker { misconfigured: false })
+}
+
 /// As [`serve`], with another worker: what the monitor withstands is tested with one that breaks every rule.
 ///
 /// # Errors
@@ -103,24 +119,7 @@ pub fn serve_with(
     run_worker: fn(Inherited) -> i32,
 ) -> Result<(), MonitorError> {
     let listeners = Listeners::bind(&config.server, &Listeners::default())?;
-    let signals = block_signals()?;
-    let mut monitor = Monitor {
-        config_path,
-        run_worker,
-        signals,
-        jobs: Jobs::default(),
-        workers: Vec::new(),
-        settings: Arc::new(config),
-        listeners,
-        next_id: 0,
-        restart: Restart { pause: BACKOFF.0, at: None },
-        reload_wanted: false,
-        stopping: None,
-        served: false,
-        buffer: vec![0; MAX_PACKET],
-    };
-    monitor.start_worker(Arc::clone(&monitor.settings), monitor.listeners.clone(), Role::Serving)?;
-    monitor.run()
+    Monitor::start(config_path, config, listeners, Box::new(run_worker))?.run()
 }
 
 fn block_signals() -> Result<SignalFd, MonitorError> {
@@ -134,8 +133,12 @@ fn block_signals() -> Result<SignalFd, MonitorError> {
 
 struct Monitor {
     config_path: Option<PathBuf>,
-    /// What a forked worker does.
-    run_worker: fn(Inherited) -> i32,
+    /// What a forked worker does. Returns its exit status.
+    run_worker: Box<dyn Fn(Inherited) -> i32>,
+    /// Whether the end of the worker is the end of it all.
+    runs_once: bool,
+    /// The worker's exit status, then.
+    status: Option<i32>,
     signals: SignalFd,
     jobs: Jobs,
     workers: Vec<Worker>,
@@ -193,6 +196,33 @@ enum Role {
 }
 
 impl Monitor {
+    fn start(
+        config_path: Option<PathBuf>,
+        config: Config,
+        listeners: Listeners,
+        run_worker: Box<dyn Fn(Inherited) -> i32>,
+    ) -> Result<Self, MonitorError> {
+        let mut monitor = Self {
+            config_path,
+            run_worker,
+            runs_once: false,
+            status: None,
+            signals: block_signals()?,
+            jobs: Jobs::default(),
+            workers: Vec::new(),
+            settings: Arc::new(config),
+            listeners,
+            next_id: 0,
+            restart: Restart { pause: BACKOFF.0, at: None },
+            reload_wanted: false,
+            stopping: None,
+            served: false,
+            buffer: vec![0; MAX_PACKET],
+        };
+        monitor.start_worker(Arc::clone(&monitor.settings), monitor.listeners.clone(), Role::Serving)?;
+        Ok(monitor)
+    }
+
     fn run(&mut self) -> Result<(), MonitorError> {
         loop {
             self.wait()?;
@@ -268,6 +298,13 @@ impl Monitor {
 
     fn worker_ended(&mut self, worker: &Worker, end: ChildEnd) -> Result<(), MonitorError> {
         self.jobs.end_of_worker(worker.id);
+        if self.runs_once {
+            if let ChildEnd::Exited(status) = end {
+                self.status = Some(status);
+            }
+            self.stop();
+            return Ok(());
+        }
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
             Role::Candidate => {

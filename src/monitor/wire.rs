@@ -199,6 +199,10 @@ pub struct Inspection {
     pub home: PathBuf,
     /// Executables whose names begin with `recipient` or `message`.
     pub filters: Vec<FilterFile>,
+    /// The site's program that is asked at RCPT TO if the user has none.
+    pub fallback_recipient: Option<FilterFile>,
+    /// The site's program that is asked about messages if the user has none.
+    pub fallback_message: Option<FilterFile>,
     /// The rules file.
     pub rules: Option<RulesSource>,
     /// Why there is a rules file that can't be used.
@@ -211,7 +215,11 @@ impl Inspection {
     /// The filter that would run for an extension, if any.
     pub fn filter(&self, phase: Phase, extension: Option<&str>) -> Option<&FilterFile> {
         let candidates = phase.candidates(extension);
-        candidates.iter().find_map(|name| self.filters.iter().find(|file| &file.name == name))
+        let own = candidates.iter().find_map(|name| self.filters.iter().find(|file| &file.name == name));
+        own.or(match phase {
+            Phase::Recipient => self.fallback_recipient.as_ref(),
+            Phase::Message => self.fallback_message.as_ref(),
+        })
     }
 }
 
@@ -224,10 +232,10 @@ pub struct RulesSource {
     pub sender_files: Vec<(String, String)>,
 }
 
-/// One executable of a user.
+/// One executable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FilterFile {
-    /// Its name in the directory, as `message-shop`.
+    /// Its name in the user's directory, as `message-shop`, or the path of the site's program.
     pub name: String,
     /// Why it will not be run, if a check fails.
     pub problem: Option<String>,

@@ -9,6 +9,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use codec::{CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
 use futures_util::{SinkExt, StreamExt};
+use moka::future::Cache;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::watch,
@@ -21,6 +22,7 @@ use crate::{
     address::Sender,
     logging::{Chain, Quoted},
     pipeline::Pipeline,
+    recipient::FilterSet,
     reply::Reply,
     transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::Opinion,
@@ -41,8 +43,30 @@ const FIRST_REQUEST_TIME_LIMIT: Duration = Duration::from_secs(1);
 /// The answer that leaves the decision to others.
 const DUNNO: &str = "DUNNO";
 
+/// How long a transaction is remembered after its last recipient, for `verdict.split`.
+const TRANSACTION_TTL: Duration = Duration::from_secs(600);
+
+/// Transactions remembered.
+const TRANSACTIONS: u64 = 100_000;
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Service {
+    pipeline: Arc<Pipeline>,
+    /// The filters of each transaction's first recipient, by `instance`.
+    first: Cache<String, FilterSet>,
+}
+
+impl Service {
+    /// For a worker.
+    pub fn new(pipeline: Arc<Pipeline>) -> Self {
+        let first = Cache::builder().max_capacity(TRANSACTIONS).time_to_idle(TRANSACTION_TTL).build();
+        Self { pipeline, first }
+    }
+}
+
 /// Serves one connection to its end.
-pub async fn serve<S>(pipeline: Arc<Pipeline>, stream: S, mut drain: watch::Receiver<Option<Drain>>)
+pub async fn serve<S>(service: Arc<Service>, stream: S, mut drain: watch::Receiver<Option<Drain>>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -74,7 +98,7 @@ where
                 return;
             }
         };
-        let Some(action) = answer(&pipeline, &request).await else {
+        let Some(action) = answer(&service, &request).await else {
             warn!(interface = "policy", "connection closed: request is not smtpd_access_policy");
             return;
         };
@@ -95,7 +119,8 @@ where
 }
 
 /// The action for a request; `None` if it is none that we serve.
-async fn answer(pipeline: &Pipeline, request: &Request) -> Option<String> {
+async fn answer(service: &Service, request: &Request) -> Option<String> {
+    let pipeline = &service.pipeline;
     if request.get("request") != Some("smtpd_access_policy") {
         return None;
     }
@@ -125,7 +150,14 @@ async fn answer(pipeline: &Pipeline, request: &Request) -> Option<String> {
         smtputf8: false,
     };
     let argument = RecipientArgument { raw: recipient.as_bytes().to_vec(), mailer: None, mailbox: None };
-    let recipient = pipeline.recipient(&envelope, argument).await;
+    // One smtpd asks about the recipients of a transaction one after the other.
+    let instance = request.get("instance").unwrap_or_default();
+    let known = service.first.get(instance).await;
+    let mut first = known.clone();
+    let recipient = pipeline.recipient(&envelope, argument, &mut first).await;
+    if let (Some(first), None, false) = (first, known, instance.is_empty()) {
+        service.first.insert(instance.to_owned(), first).await;
+    }
     Some(action(&recipient.known().unwrap_or(Opinion::Accept)))
 }
 

@@ -79,8 +79,8 @@ pub enum Action {
     Defer,
 }
 
-/// What becomes of a refuser's copy when others accept the mail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+/// What becomes of a refuser's copy when others accept the mail, from the mildest to the strongest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mixed {
     /// They get it all the same.

@@ -312,19 +312,24 @@ impl Capture {
     /// Takes what a writer that has ended left in the pipe. A pipe holds at most 1 MiB (pipe(7)), so that somebody
     /// who goes on writing can't hold this up.
     ///
-    /// Asks the kernel: the runtime may not have heard yet that there is something.
+    /// The pipe itself is asked, not the runtime, which may not have heard yet that there is something.
     fn fill_now(&mut self) {
         let mut chunk = [0; 8192];
         let mut taken = 0;
-        while taken <= 1 << 20
-            && let Ok(n @ 1..) = nix::unistd::read(&self.pipe, &mut chunk)
-        {
-            taken += n;
-            self.keep(&chunk[..n]);
+        while taken <= 1 << 20 {
+            match nix::unistd::read(&self.pipe, &mut chunk) {
+                Ok(0) => break,
+                Ok(n) => {
+                    self.keep(&chunk[..n]);
+                    taken += n;
+                }
+                Err(Errno::EINTR) => (),
+                // EAGAIN: somebody else holds the other end open, and has nothing to say now.
+                Err(_) => break,
+            }
         }
     }
 
-    /// Takes what the runtime says is there.
     fn take(&mut self) {
         let mut chunk = [0; 8192];
         match self.pipe.try_read(&mut chunk) {
@@ -337,8 +342,25 @@ impl Capture {
         }
     }
 
-    fn keep(&mut self, chunk: &[u8]) {
-        let room = self.limit.saturating_sub(self.bytes.len()).min(chunk.len());
-        self.bytes.extend_from_slice(&chunk[..room]);
+    fn keep(&mut self, bytes: &[u8]) {
+        let room = self.limit.saturating_sub(self.bytes.len()).min(bytes.len());
+        self.bytes.extend_from_slice(&bytes[..room]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[tokio::test]
+    async fn what_an_ended_writer_left_is_there_at_once() {
+        for _ in 0..100 {
+            let (read, write) = report_pipe().unwrap();
+            std::fs::File::from(write).write_all(b"report").unwrap();
+            let mut capture = Capture::new(read, 4).unwrap();
+            capture.fill_now();
+            assert_eq!(capture.bytes, b"repo");
+        }
     }
 }

@@ -4,7 +4,7 @@
 mod accept;
 mod channel;
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{future::Future, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use nix::{
     sys::{
@@ -22,6 +22,9 @@ pub use accept::{Listener, Stream, accept_loop};
 pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
 use crate::{config::Config, logging::Chain, milter, pipeline::Pipeline, policy, sys};
+
+/// How often files of the configuration (aliases, passwd-files) are looked at.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the worker has from the monitor.
 #[derive(Debug)]
@@ -62,15 +65,33 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
+    in_runtime(inherited, async |inherited| serve(inherited).await.map(|()| 0))
+}
+
+/// The same for a worker that serves nobody: drops its privileges, then does what a command wants.
+pub fn start_for_command<F>(inherited: Inherited, command: impl FnOnce(Arc<Config>, Arc<Monitor>) -> F) -> i32
+where
+    F: Future<Output = i32>,
+{
+    in_runtime(inherited, async |inherited| {
+        let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+        monitor.ready().await.map_err(system("telling the monitor"))?;
+        let status = command(inherited.settings, Arc::clone(&monitor)).await;
+        std::mem::forget(monitor);
+        Ok(status)
+    })
+}
+
+fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<i32, WorkerError>) -> i32 {
     // Open until the process is gone: the monitor kills a worker that closes its channel, and why would be lost.
     std::mem::forget(inherited.channel.try_clone());
     let outcome = prepare_process(&inherited).and_then(|()| {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
-        runtime.block_on(serve(inherited))
+        runtime.block_on(body(inherited))
     });
     match outcome {
-        Ok(()) => 0,
+        Ok(status) => status,
         Err(error) => {
             error!("worker: {}", Chain(&error));
             match error {
@@ -132,6 +153,7 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     let drain = monitor.drain();
 
     let milter = milter::Service::new(Arc::clone(&pipeline), &settings, transactions.clone());
+    let policy = Arc::new(policy::Service::new(Arc::clone(&pipeline)));
     let milter_connections = TaskTracker::new();
     let policy_connections = TaskTracker::new();
     let limit = settings.server.max_connections;
@@ -149,11 +171,12 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
         })));
     }
     for listener in policy_listeners {
-        let (pipeline, tracker, drain) = (Arc::clone(&pipeline), policy_connections.clone(), drain.clone());
+        let (service, tracker, drain) = (Arc::clone(&policy), policy_connections.clone(), drain.clone());
         acceptors.push(tokio::spawn(accept_loop(listener, "policy", limit, tracker, move |stream| {
-            policy::serve(Arc::clone(&pipeline), stream, drain.clone())
+            policy::serve(Arc::clone(&service), stream, drain.clone())
         })));
     }
+    tokio::spawn(refresh(Arc::clone(&pipeline)));
 
     let mode = wait_for_drain(drain.clone()).await;
     // Dropping the listeners leaves new connections to the next worker, or refuses them.
@@ -182,6 +205,15 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     milter.close().await;
     let _ = timeout(Duration::from_secs(1), milter_connections.wait()).await;
     Ok(())
+}
+
+/// Re-reads what administrators change, off the async threads, since a file system can hang.
+async fn refresh(pipeline: Arc<Pipeline>) {
+    loop {
+        tokio::time::sleep(REFRESH_INTERVAL).await;
+        let pipeline = Arc::clone(&pipeline);
+        let _ = tokio::task::spawn_blocking(move || pipeline.refresh()).await;
+    }
 }
 
 async fn wait_for_drain(mut drain: watch::Receiver<Option<Drain>>) -> Drain {

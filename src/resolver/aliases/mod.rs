@@ -8,6 +8,7 @@ mod parse;
 mod targets;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -34,6 +35,15 @@ pub enum Target {
     /// Nobody who can be asked: a command, a file, an `:include:` that was refused, a target that can't be
     /// read. The text says which.
     Unjudged(String),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Unjudged(why) => f.write_str(why),
+        }
+    }
 }
 
 /// The two steps of Postfix: cleanup(8) applies virtual(5) to every address until nothing changes, local(8)

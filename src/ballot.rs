@@ -1,0 +1,204 @@
+//! Who is asked about a message, for whom, and what they said.
+//!
+//! A recipient has a *seat* for each of its users. A seat is decided, or waits for a *poll*: one filter of one user,
+//! asked once however many seats wait for it.
+
+use crate::{
+    address::Address,
+    environment::{self, Subject},
+    filter::Answer,
+    monitor::{Phase, Variable},
+    recipient::{Decision, Judge, Recipient, combine},
+    rules::{Mixed, Rules},
+    ruling,
+    transaction::Envelope,
+    verdict::{self, Opinion},
+};
+
+/// All seats and polls of a transaction.
+pub struct Ballot<'a> {
+    recipients: &'a [Recipient],
+    polls: Vec<Poll<'a>>,
+    seats: Vec<Vec<Seat>>,
+    /// Whether a refusal is of use although others accept, so that everybody has to be heard.
+    everybody_counts: bool,
+}
+
+/// One filter of one user.
+pub struct Poll<'a> {
+    /// The first user and recipient that lead to it.
+    pub judge: &'a Judge,
+    /// The filter's name.
+    pub filter: &'a str,
+    recipients: Vec<usize>,
+    state: PollState,
+}
+
+enum PollState {
+    Waiting,
+    NotNeeded,
+    Answered(Answer),
+    GivenUp(Opinion),
+}
+
+enum Seat {
+    Decided(Decision),
+    Poll(usize),
+}
+
+/// What rules and settings of the site a ballot follows.
+#[derive(Clone, Copy)]
+pub struct Site<'a> {
+    /// Asked again now that the size is known, if they look at it.
+    pub rules: Option<&'a Rules>,
+    /// What becomes of refusers' copies at most.
+    pub mixed: Mixed,
+}
+
+impl<'a> Ballot<'a> {
+    /// Finds out who is to be asked. `size`: of the message, in bytes.
+    pub fn new(envelope: &Envelope, recipients: &'a [Recipient], size: u64, site: Site<'_>) -> Self {
+        let everybody_counts = site.mixed != Mixed::Deliver;
+        let mut ballot = Self { recipients, polls: Vec::new(), seats: Vec::new(), everybody_counts };
+        for (n, recipient) in recipients.iter().enumerate() {
+            let by_site = match (site.rules, &recipient.address) {
+                (Some(rules), Some(address)) if recipient.site_waits_for_size => {
+                    ruling::decide(rules, "site ", envelope, address, Some(size))
+                }
+                _ => None,
+            };
+            let seats = match by_site {
+                Some(decision) => vec![Seat::Decided(decision)],
+                None => recipient.judges().iter().map(|j| ballot.seat(envelope, j, n, size)).collect(),
+            };
+            ballot.seats.push(seats);
+        }
+        ballot
+    }
+
+    fn seat(&mut self, envelope: &Envelope, judge: &'a Judge, n: usize, size: u64) -> Seat {
+        if let Some(decision) = &judge.decided {
+            return Seat::Decided(decision.clone());
+        }
+        // Rules that look at the size were asked with what the client declared; now it is known.
+        if let (true, Some(rules), Some(address)) =
+            (judge.waits_for_size(), &judge.holdings.rules, &self.recipients[n].address)
+            && let Some(decision) = ruling::decide(rules, "", envelope, address, Some(size))
+        {
+            return Seat::Decided(decision);
+        }
+        let Some(filter) = judge.message_filter() else {
+            return Seat::Decided(Decision { opinion: Opinion::Accept, by: "no filter".into() });
+        };
+        let known = self.polls.iter().position(|p| p.judge.user == judge.user && p.filter == filter);
+        let index = known.unwrap_or_else(|| {
+            self.polls.push(Poll { judge, filter, recipients: Vec::new(), state: PollState::Waiting });
+            self.polls.len() - 1
+        });
+        if self.polls[index].recipients.last() != Some(&n) {
+            self.polls[index].recipients.push(n);
+        }
+        Seat::Poll(index)
+    }
+
+    /// The filters to ask.
+    pub fn polls(&self) -> &[Poll<'a>] {
+        &self.polls
+    }
+
+    /// The environment of a poll's filter.
+    pub fn variables(&self, poll: &Poll<'_>, envelope: &Envelope, size: u64) -> Vec<(Variable, String)> {
+        let addresses = poll.recipients.iter().filter_map(|n| self.recipients[*n].address.as_ref());
+        let subject = Subject {
+            address: &poll.judge.address,
+            extension: poll.judge.extension.as_deref(),
+            argument: &self.recipients[poll.recipients[0]].argument,
+            all: addresses.map(Address::to_string).collect(),
+        };
+        environment::variables(envelope, Phase::Message, Some(size), &subject)
+    }
+
+    /// Takes an answer; `None`: the filter was not started, since it could not change anything.
+    pub fn record(&mut self, poll: usize, answer: Option<Answer>) {
+        self.polls[poll].state = answer.map_or(PollState::NotNeeded, PollState::Answered);
+    }
+
+    /// Fills in for the filters that have not answered.
+    pub fn give_up(&mut self, opinion: &Opinion) {
+        for poll in self.polls.iter_mut().filter(|poll| matches!(poll.state, PollState::Waiting)) {
+            poll.state = PollState::GivenUp(opinion.clone());
+        }
+    }
+
+    /// Whether no answer that is still to come can change the outcome.
+    pub fn is_settled(&self) -> bool {
+        let opinions = self.opinions();
+        (!self.everybody_counts && verdict::is_settled(opinions.iter().map(Option::as_ref)))
+            || opinions.iter().all(Option::is_some)
+    }
+
+    /// The outcome, when it is settled. What is not known then can't change it.
+    pub fn outcome(&self) -> Opinion {
+        let opinions = self.opinions();
+        // A recipient without a readable address is one that nobody could be asked about.
+        if self.recipients.iter().any(|recipient| recipient.address.is_none()) {
+            return Opinion::Accept;
+        }
+        let known = self.recipients.iter().zip(&opinions);
+        let known: Vec<(&Address, &Opinion)> = known
+            .filter_map(|(recipient, opinion)| Some((recipient.address.as_ref()?, opinion.as_ref()?)))
+            .collect();
+        verdict::of_transaction(&known)
+    }
+
+    /// The recipients who refuse.
+    pub fn refusers(&self) -> impl Iterator<Item = &'a Recipient> {
+        let refuses = |opinion: &Option<Opinion>| matches!(opinion, Some(Opinion::Reject(_)));
+        self.recipients.iter().zip(self.opinions()).filter(move |(_, o)| refuses(o)).map(|(r, _)| r)
+    }
+
+    fn opinions(&self) -> Vec<Option<Opinion>> {
+        let of_recipient = |seats: &Vec<Seat>| {
+            let opinions: Vec<_> = seats.iter().map(|seat| self.opinion_of_seat(seat)).collect();
+            combine(&opinions)
+        };
+        self.seats.iter().map(of_recipient).collect()
+    }
+
+    fn opinion_of_seat(&self, seat: &Seat) -> Option<Opinion> {
+        match seat {
+            Seat::Decided(decision) => Some(decision.opinion.clone()),
+            Seat::Poll(n) => match &self.polls[*n].state {
+                PollState::Answered(answer) => Some(answer.opinion.clone()),
+                PollState::GivenUp(opinion) => Some(opinion.clone()),
+                PollState::Waiting | PollState::NotNeeded => None,
+            },
+        }
+    }
+
+    /// For the log: each user's verdict, how it came about, and how long it took.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (recipient, seats) in self.recipients.iter().zip(&self.seats) {
+            for (n, seat) in seats.iter().enumerate() {
+                if let Seat::Decided(Decision { opinion, by }) = seat {
+                    let user = recipient.judges().get(n).map_or("-", |judge| judge.user.name.as_str());
+                    lines.push(format!("{user}={} ({by})", opinion.verdict().as_str()));
+                }
+            }
+        }
+        for poll in &self.polls {
+            let (user, filter) = (&poll.judge.user.name, &poll.filter);
+            lines.push(match &poll.state {
+                PollState::Answered(answer) => {
+                    let verdict = if answer.is_error { "error" } else { answer.opinion.verdict().as_str() };
+                    let seconds = answer.elapsed.as_secs_f64();
+                    format!("{user}={verdict} ({filter}: {}, {seconds:.3}s)", answer.status)
+                }
+                PollState::NotNeeded => format!("{user}=not-asked ({filter})"),
+                PollState::GivenUp(_) | PollState::Waiting => format!("{user}=error ({filter}: no answer)"),
+            });
+        }
+        lines
+    }
+}
