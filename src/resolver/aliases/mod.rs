@@ -219,6 +219,9 @@ impl Files {
 
 impl Snapshot {
     fn lookup_virtual(&self, address: &Address, is_ours: bool, delimiters: &str) -> Lookup {
+        if self.virtuals.is_empty() {
+            return Lookup::NotFound;
+        }
         let extended = split(address, delimiters);
         let spellings = || {
             let shorter = extended.iter().map(|(user, extension)| (user, *extension));
@@ -255,6 +258,9 @@ impl Snapshot {
     }
 
     fn lookup_local(&self, address: &Address, delimiters: &str) -> Lookup {
+        if self.aliases.is_empty() {
+            return Lookup::NotFound;
+        }
         let extended = split(address, delimiters);
         let shorter = extended.iter().map(|(user, _)| user);
         for spelling in std::iter::once(address).chain(shorter) {
