@@ -257,7 +257,12 @@ fn a_configuration_that_cannot_be_used_changes_nothing() {
         assert!(ask_about_nobody(&site.policy).starts_with("550 5.1.1 "), "{what}");
         assert_eq!(daemon.worker_pid(), worker, "{what}");
     }
-    assert_eq!(site::descriptors(daemon.pid()), open, "nothing stays open of what failed");
+    let now = || site::descriptors(daemon.pid());
+    assert!(
+        wait_until(PATIENCE, || now() == open),
+        "something stays open of what failed: {:?} {open:?}",
+        now()
+    );
 
     let seen = daemon.log_lines().len();
     fs::remove_file(daemon.config_path()).unwrap();
