@@ -126,21 +126,19 @@ impl Pipeline {
             site_waits_for_size: false,
             argument,
         };
-        match Address::parse(&recipient.argument.raw) {
-            Ok(address) => {
-                recipient.standing = match self.is_trusted(&envelope.client) {
-                    Some(why) => Standing::Unjudged(why.into()),
-                    None if self.is_exempt(&address) => Standing::Unjudged("exempt".into()),
-                    None => self.standing(envelope, &mut recipient, &address).await,
-                };
-                recipient.address = Some(address);
-            }
-            Err(error) => {
+        let trusted = self.is_trusted(&envelope.client);
+        let address = Address::parse(&recipient.argument.raw);
+        recipient.standing = match (trusted, &address) {
+            (Some(why), _) => Standing::Unjudged(why.into()),
+            (None, Ok(address)) if self.is_exempt(address) => Standing::Unjudged("exempt".into()),
+            (None, Ok(address)) => self.standing(envelope, &mut recipient, address).await,
+            (None, Err(error)) => {
                 let raw = String::from_utf8_lossy(&recipient.argument.raw);
                 warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
-                recipient.standing = self.trouble(None, error.to_string());
+                self.trouble(None, error.to_string())
             }
-        }
+        };
+        recipient.address = address.ok();
         recipient
     }
 
@@ -277,9 +275,12 @@ impl Pipeline {
         }
     }
 
-    /// What our own trouble with a whole transaction means.
-    pub fn opinion_on_trouble(&self) -> Opinion {
-        self.opinion_on_error(None)
+    /// What our own trouble with a whole transaction means: nothing, if its mail is not judged anyway.
+    pub fn opinion_on_trouble(&self, client: &Client) -> Opinion {
+        match self.is_trusted(client) {
+            Some(_) => Opinion::Accept,
+            None => self.opinion_on_error(None),
+        }
     }
 
     fn opinion_on_error(&self, on_error: Option<OnError>) -> Opinion {
@@ -343,7 +344,7 @@ impl Pipeline {
     /// The outcome of a transaction that our own trouble keeps from being judged.
     pub fn on_trouble(&self, envelope: &Envelope, recipients: &[Recipient], why: &str) -> Outcome {
         warn!("{}: not judged: {}", envelope.queue_id(), Quoted(why));
-        self.at_once(envelope, recipients, "trouble", self.opinion_on_error(None))
+        self.at_once(envelope, recipients, "trouble", self.opinion_on_trouble(&envelope.client))
     }
 
     fn at_once(&self, envelope: &Envelope, recipients: &[Recipient], why: &str, opinion: Opinion) -> Outcome {
