@@ -14,7 +14,7 @@ use crate::{
     ballot::{Ballot, Site},
     config::{Config, OnError, Split, Unknown},
     environment::{self, Subject},
-    filter::{Filters, Question, RecipientAnswers, RecipientQuestion},
+    filter::{Answer, Filters, Question, RecipientAnswers, RecipientQuestion, Room},
     holdings::Inspector,
     logging::{Chain, Quoted},
     monitor::Phase,
@@ -244,7 +244,8 @@ impl Pipeline {
                 deadline: Instant::now() + self.settings.filter.recipient_deadline.0,
                 smtputf8: envelope.smtputf8,
             };
-            let answer = self.filters.ask(question, &CancellationToken::new()).await;
+            let answer =
+                self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
                 record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
             }
@@ -399,13 +400,18 @@ impl Pipeline {
         let give_up = tokio::time::sleep_until((deadline + DEADLINE_MARGIN).into());
         tokio::pin!(give_up);
         let mut is_given_up = false;
+        // Of the filter that answered last: kept until it is known whether another is needed.
+        let mut room = None;
         loop {
             if ballot.is_settled() {
                 tell(self.outcome(&ballot, mixed));
             }
+            drop(room.take());
             tokio::select! {
                 answer = running.join_next() => match answer {
-                    Some(Ok((n, answer))) => {
+                    Some(Ok((n, asked))) => {
+                        let answer;
+                        (answer, room) = asked.unzip();
                         if let Some(answer) = &answer {
                             let poll = &ballot.polls()[n];
                             let user = poll.judge.user.name.as_str();
@@ -441,7 +447,7 @@ impl Pipeline {
         message: Message,
         deadline: Instant,
         settled: &CancellationToken,
-    ) -> JoinSet<(usize, Option<crate::filter::Answer>)> {
+    ) -> JoinSet<(usize, Option<(Answer, Room)>)> {
         let (size, smtputf8) = (message.size(), envelope.smtputf8);
         let message = Arc::new(message);
         let mut running = JoinSet::new();
