@@ -11,9 +11,9 @@ use crate::{address::Address, verdict::Verdict};
 /// Most lines of a reply; libmilter's `smfi_setmlreply` takes no more.
 pub const MAX_LINES: usize = 32;
 
-/// Longest text of a line, in bytes as the MTA gets it: RFC 5321 §4.5.3.1.5 allows 512 for the whole line, of which
-/// `550 5.999.999 ` and CRLF take 16.
-pub const MAX_LINE_LENGTH: usize = 496;
+/// Longest text of a line, in bytes as the MTA gets it; libmilter takes 980. Codes are not counted. RFC 5321
+/// §4.5.3.1.5 gives whole lines 512 octets and wants clients to take more; MTAs pass these on as they are.
+pub const MAX_LINE_LENGTH: usize = 960;
 
 /// A reply that refuses or puts off.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

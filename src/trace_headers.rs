@@ -77,7 +77,7 @@ mod tests {
         };
         let field = received(&envelope, "mx.example.org");
         let start =
-            " from evil??mx.example?[192.0.2.1]????by?x (unknown [IPv6:2001:db8::7])\n\tby mx.example.org ";
+            " from evil??mx.example?[192.0.2.1]???by?x (unknown [IPv6:2001:db8::7])\n\tby mx.example.org ";
         assert!(field.starts_with(start), "{field}");
         assert!(field.contains(" with ESMTPS id 4Bx;\n\t"), "{field}");
     }

@@ -341,7 +341,7 @@ fn a_filter_that_outlives_its_time_loses_its_whole_group_by_term_and_then_by_kil
 #[test]
 fn a_filter_that_forks_without_end_is_bounded_and_ended() {
     let site = Site::of(&[("bomb", 5111), ("alice", 5112)])
-        .set("filter", "timeout", "\"1s\"")
+        .set("filter", "timeout", "\"3s\"")
         .set("filter", "max-user-processes", "20")
         .filter("bomb", "message", "#!/bin/sh\nf() { f | f & }\nf\nwhile :; do f; sleep 0.1; done\n")
         .filter("alice", "message", "#!/bin/sh\necho no\nexit 77\n")

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, Metadata},
     io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -18,6 +18,8 @@ use nix::{
 
 /// Symbolic links followed on the way to one file, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
+
+use crate::sys;
 
 /// Write permission of group and others.
 const OTHERS_MAY_WRITE: u32 = 0o022;
@@ -159,16 +161,18 @@ fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
 ///
 /// [`CheckError`] if it is no regular file, can't be read, is longer than `limit` bytes, or not UTF-8.
 pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, CheckError> {
-    use std::{fs::OpenOptions, io::Read, os::unix::fs::OpenOptionsExt};
-    let file = match OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
+    use std::io::Read;
+    // Opening a device or a FIFO can wait or have an effect (a tty would become the session's): look first.
+    let file = match open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(io::Error::from) {
         Err(error) if is_absence(&error) => return Ok(None),
         other => other.map_err(|error| CheckError::system(path, error))?,
     };
-    let metadata = file.metadata().map_err(|error| CheckError::system(path, error))?;
-    let kind = metadata.file_type();
-    if !kind.is_file() || kind.is_fifo() {
+    let stat = fstat(&file).map_err(|error| CheckError::system(path, error))?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
         return Err(CheckError::failed(path, "not a regular file"));
     }
+    let file = sys::reopen_for_reading(&file).map_err(|error| CheckError::system(path, error))?;
+    let file = fs::File::from(file);
     let mut text = String::new();
     file.take(limit + 1).read_to_string(&mut text).map_err(|error| CheckError::system(path, error))?;
     if text.len() as u64 > limit {
