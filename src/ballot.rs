@@ -22,6 +22,7 @@ pub struct Ballot<'a> {
     seats: Vec<Vec<Seat>>,
     /// Whether a refusal is of use although others accept, so that everybody has to be heard.
     everybody_counts: bool,
+    /// Whether the client reads more than ASCII.
     smtputf8: bool,
 }
 

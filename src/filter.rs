@@ -106,7 +106,8 @@ pub struct RecipientQuestion {
     client: (Option<IpAddr>, Option<String>),
     helo: Option<String>,
     sender: Sender,
-    recipient: Address,
+    /// In one spelling: Postfix tells a milter that a local recipient is `alice`, and a policy service `Alice`.
+    recipient: String,
 }
 
 impl RecipientQuestion {
@@ -119,7 +120,7 @@ impl RecipientQuestion {
             client: (client.address, client.name.clone()),
             helo: client.helo.clone(),
             sender: envelope.sender.clone(),
-            recipient: recipient.clone(),
+            recipient: recipient.key(),
         }
     }
 }
@@ -155,6 +156,13 @@ impl RecipientAnswers {
     }
 }
 
+/// Room for one filter, among those of its user and among all; free again when dropped.
+#[derive(Debug, Default)]
+pub struct Room {
+    _own: Option<OwnedSemaphorePermit>,
+    _shared: Option<OwnedSemaphorePermit>,
+}
+
 /// Runs filters, not too many at a time.
 #[derive(Debug)]
 pub struct Filters {
@@ -172,25 +180,30 @@ impl Filters {
     }
 
     /// Asks a filter when there is room for it. `None` if `not_needed` was cancelled before it could start.
-    pub async fn ask(&self, question: Question<'_>, not_needed: &CancellationToken) -> Option<Answer> {
-        let permits = tokio::select! {
+    ///
+    /// The answer comes with the filter's room, so that whoever learns from it that no other is needed can say so
+    /// before another takes the room.
+    pub async fn ask(
+        &self,
+        question: Question<'_>,
+        not_needed: &CancellationToken,
+    ) -> Option<(Answer, Room)> {
+        let room = tokio::select! {
             biased;
             () = not_needed.cancelled() => return None,
-            permits = self.permits(question.user) => permits?,
             () = tokio::time::sleep_until(question.deadline.into()) => {
-                return Some(self.error("not started before the deadline".into(), Duration::ZERO));
+                let answer = self.error("not started before the deadline".into(), Duration::ZERO);
+                return Some((answer, Room::default()));
             }
+            room = self.room(question.user) => room,
         };
-        let (own, one_of_all) = permits;
-        let answer = self.run(&question, one_of_all).await;
-        drop(own);
-        Some(answer)
+        Some((self.run(&question).await, room))
     }
 
     /// The user's own permit first: whoever waits for it must not hold one of everybody's.
-    async fn permits(&self, user: &User) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
-        let own = self.semaphore_of(user).acquire_owned().await.ok()?;
-        Some((own, Arc::clone(&self.all).acquire_owned().await.ok()?))
+    async fn room(&self, user: &User) -> Room {
+        let own = self.semaphore_of(user).acquire_owned().await.ok();
+        Room { _own: own, _shared: Arc::clone(&self.all).acquire_owned().await.ok() }
     }
 
     fn semaphore_of(&self, user: &User) -> Arc<Semaphore> {
@@ -205,7 +218,7 @@ impl Filters {
         semaphore
     }
 
-    async fn run(&self, question: &Question<'_>, permit: OwnedSemaphorePermit) -> Answer {
+    async fn run(&self, question: &Question<'_>) -> Answer {
         let left = question.deadline.saturating_duration_since(Instant::now());
         let time_limit = left.min(self.settings.timeout.0);
         let message = match question.message.map(Message::open).transpose() {
@@ -221,7 +234,6 @@ impl Filters {
             variables,
             time_limit,
             message,
-            permit,
         };
         match self.monitor.run(request).await {
             Ok(finished) => self.judge(&finished, question.smtputf8),

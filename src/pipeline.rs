@@ -14,7 +14,7 @@ use crate::{
     ballot::{Ballot, Site},
     config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
-    filter::{Filters, Question, RecipientAnswers, RecipientQuestion},
+    filter::{Answer, Filters, Question, RecipientAnswers, RecipientQuestion, Room},
     holdings::Inspector,
     logging::{Chain, Quoted},
     monitor::Phase,
@@ -126,23 +126,21 @@ impl Pipeline {
             site_waits_for_size: false,
             argument,
         };
-        match Address::parse(&recipient.argument.raw) {
-            Ok(address) => {
-                recipient.standing = match self.is_trusted(&envelope.client) {
-                    Some(why) => Standing::Unjudged(why.into()),
-                    None if Self::is_exempt(&self.settings.recipients, &address) => {
-                        Standing::Unjudged("exempt".into())
-                    }
-                    None => self.standing(envelope, &mut recipient, &address).await,
-                };
-                recipient.address = Some(address);
+        let trusted = self.is_trusted(&envelope.client);
+        let address = Address::parse(&recipient.argument.raw);
+        recipient.standing = match (trusted, &address) {
+            (Some(why), _) => Standing::Unjudged(why.into()),
+            (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
+                Standing::Unjudged("exempt".into())
             }
-            Err(error) => {
+            (None, Ok(address)) => self.standing(envelope, &mut recipient, address).await,
+            (None, Err(error)) => {
                 let raw = String::from_utf8_lossy(&recipient.argument.raw);
                 warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
-                recipient.standing = self.trouble(None, error.to_string());
+                self.trouble(None, error.to_string())
             }
-        }
+        };
+        recipient.address = address.ok();
         recipient
     }
 
@@ -249,7 +247,8 @@ impl Pipeline {
                 deadline: Instant::now() + self.settings.filter.recipient_deadline.0,
                 smtputf8: envelope.smtputf8,
             };
-            let answer = self.filters.ask(question, &CancellationToken::new()).await;
+            let answer =
+                self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
                 record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
             }
@@ -280,9 +279,12 @@ impl Pipeline {
         }
     }
 
-    /// What our own trouble with a whole transaction means.
-    pub fn opinion_on_trouble(&self) -> Opinion {
-        self.opinion_on_error(None)
+    /// What our own trouble with a whole transaction means: nothing, if its mail is not judged anyway.
+    pub fn opinion_on_trouble(&self, client: &Client) -> Opinion {
+        match self.is_trusted(client) {
+            Some(_) => Opinion::Accept,
+            None => self.opinion_on_error(None),
+        }
     }
 
     fn opinion_on_error(&self, on_error: Option<OnError>) -> Opinion {
@@ -347,7 +349,7 @@ impl Pipeline {
     /// The outcome of a transaction that our own trouble keeps from being judged.
     pub fn on_trouble(&self, envelope: &Envelope, recipients: &[Recipient], why: &str) -> Outcome {
         warn!("{}: not judged: {}", envelope.queue_id(), Quoted(why));
-        self.at_once(envelope, recipients, "trouble", self.opinion_on_error(None))
+        self.at_once(envelope, recipients, "trouble", self.opinion_on_trouble(&envelope.client))
     }
 
     fn at_once(&self, envelope: &Envelope, recipients: &[Recipient], why: &str, opinion: Opinion) -> Outcome {
@@ -415,13 +417,18 @@ impl Pipeline {
         let give_up = tokio::time::sleep_until((deadline + DEADLINE_MARGIN).into());
         tokio::pin!(give_up);
         let mut is_given_up = false;
+        // Of the filter that answered last: kept until it is known whether another is needed.
+        let mut room = None;
         loop {
             if ballot.is_settled() {
                 tell(self.outcome(&ballot, mixed));
             }
+            drop(room.take());
             tokio::select! {
                 answer = running.join_next() => match answer {
-                    Some(Ok((n, answer))) => {
+                    Some(Ok((n, asked))) => {
+                        let answer;
+                        (answer, room) = asked.unzip();
                         if let Some(answer) = &answer {
                             let poll = &ballot.polls()[n];
                             let user = poll.judge.user.name.as_str();
@@ -457,7 +464,7 @@ impl Pipeline {
         message: Message,
         deadline: Instant,
         settled: &CancellationToken,
-    ) -> JoinSet<(usize, Option<crate::filter::Answer>)> {
+    ) -> JoinSet<(usize, Option<(Answer, Room)>)> {
         let (size, smtputf8) = (message.size(), envelope.smtputf8);
         let message = Arc::new(message);
         let mut running = JoinSet::new();

@@ -229,7 +229,7 @@ async fn trial(
         smtputf8: false,
     };
     let answer = Filters::new(monitor, config.filter.clone()).ask(question, &CancellationToken::new()).await;
-    let answer = answer.ok_or_else(|| (SOFTWARE, "the filter was not started".to_owned()))?;
+    let (answer, _) = answer.ok_or_else(|| (SOFTWARE, "the filter was not started".to_owned()))?;
     Ok(Trial {
         opinion: answer.opinion.clone(),
         by: format!("{}: {}", filter.name, answer.status),

@@ -90,6 +90,7 @@ where
             Ok(Some(Ok(request))) => request,
             Ok(Some(Err(error))) => {
                 warn!(interface = "policy", "connection closed: {}", Chain(&error));
+                finish(&mut framed).await;
                 return;
             }
             Ok(None) => return,
@@ -100,6 +101,7 @@ where
         };
         let Some(action) = answer(&service, &request).await else {
             warn!(interface = "policy", "connection closed: request is not smtpd_access_policy");
+            finish(&mut framed).await;
             return;
         };
         if !matches!(timeout(WRITE_TIME_LIMIT, send(&mut framed, action)).await, Ok(Ok(()))) {
@@ -109,13 +111,23 @@ where
     }
 }
 
-/// Answers pipelined requests together: written out only when no further one waits in the buffer.
+/// Answers pipelined requests together: written out only when no further one waits, whole, in the buffer. Whoever has
+/// sent a part of one may wait for the last answer before going on.
 async fn send<S>(framed: &mut Framed<S, PolicyCodec>, action: String) -> Result<(), CodecError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     framed.feed(action).await?;
-    if framed.read_buffer().is_empty() { framed.flush().await } else { Ok(()) }
+    let another_waits = framed.read_buffer().windows(2).any(|pair| pair == b"\n\n");
+    if another_waits { Ok(()) } else { framed.flush().await }
+}
+
+/// Writes out what the requests before a bad one are owed.
+async fn finish<S>(framed: &mut Framed<S, PolicyCodec>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let _ = timeout(WRITE_TIME_LIMIT, framed.flush()).await;
 }
 
 /// The action for a request; `None` if it is none that we serve.
@@ -130,6 +142,7 @@ async fn answer(service: &Service, request: &Request) -> Option<String> {
     let Some(recipient) = request.get("recipient") else {
         return Some(DUNNO.to_owned());
     };
+    let client = client(request);
     let sender = match Sender::parse(request.get("sender").unwrap_or_default().as_bytes()) {
         Ok(sender) => sender,
         Err(error) => {
@@ -137,13 +150,13 @@ async fn answer(service: &Service, request: &Request) -> Option<String> {
                 "NOQUEUE: sender \"{}\" is not judged: {error}",
                 Quoted(request.get("sender").unwrap_or_default())
             );
-            return Some(action(&pipeline.opinion_on_trouble()));
+            return Some(action(&pipeline.opinion_on_trouble(&client)));
         }
     };
     let envelope = Envelope {
         interface: Interface::Policy,
         queue_id: request.get("queue_id").map(str::to_owned),
-        client: Arc::new(client(request)),
+        client: Arc::new(client),
         sender,
         declared_size: request.get("size").and_then(|size| size.parse().ok()).filter(|size| *size > 0),
         // The protocol does not say; ASCII is always right.

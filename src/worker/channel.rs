@@ -61,12 +61,12 @@ pub struct Monitor {
     drain: watch::Sender<Option<Drain>>,
 }
 
-/// Who waits for a job, and the permit that it takes until the monitor has reaped it, even if nobody waits any more:
-/// a worker that starts more than it may is ended.
+/// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
+/// any more: a worker that starts more than it may is ended. A filter is waited for to its end.
 #[derive(Debug)]
 struct Waiting {
     sender: oneshot::Sender<Ended>,
-    _permit: OwnedSemaphorePermit,
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// How a job ended.
@@ -123,8 +123,6 @@ pub struct RunRequest {
     pub time_limit: Duration,
     /// Standard input; `None`: empty.
     pub message: Option<OwnedFd>,
-    /// One of `filter.max-processes`.
-    pub permit: OwnedSemaphorePermit,
 }
 
 impl Monitor {
@@ -167,7 +165,7 @@ impl Monitor {
     pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
         let permit = Arc::clone(&self.inspections).acquire_owned().await.map_err(io::Error::other)?;
         let (report, theirs) = report_pipe()?;
-        let (job, ended) = self.new_job(permit);
+        let (job, ended) = self.new_job(Some(permit));
         let request = Request::Inspect { job, user: user.clone() };
         self.send(job, &request, &[&theirs]).await?;
         drop(theirs);
@@ -196,8 +194,8 @@ impl Monitor {
         let (report, their_report) = report_pipe()?;
         let (output, their_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
         let (error_output, their_error_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        let RunRequest { user, phase, extension, variables, time_limit, message, permit } = request;
-        let (job, mut ended) = self.new_job(permit);
+        let RunRequest { user, phase, extension, variables, time_limit, message } = request;
+        let (job, mut ended) = self.new_job(None);
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
         let packet = Request::Run { job, user, phase, extension, variables, time_limit };
         let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
@@ -228,7 +226,7 @@ impl Monitor {
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
 
-    fn new_job(&self, permit: OwnedSemaphorePermit) -> (JobId, oneshot::Receiver<Ended>) {
+    fn new_job(&self, permit: Option<OwnedSemaphorePermit>) -> (JobId, oneshot::Receiver<Ended>) {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
         self.waiting().insert(id, Waiting { sender, _permit: permit });
