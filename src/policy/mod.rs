@@ -156,7 +156,10 @@ fn action(opinion: &Opinion) -> String {
 fn client(request: &Request) -> Client {
     let known = |name| request.get(name).filter(|value| *value != "unknown").map(str::to_owned);
     Client {
-        address: request.get("client_address").and_then(|address| address.parse().ok()),
+        address: request
+            .get("client_address")
+            .and_then(|address| address.parse().ok())
+            .map(|address: std::net::IpAddr| address.to_canonical()),
         name: known("client_name"),
         helo: request.get("helo_name").map(str::to_owned),
         protocol: request.get("protocol_name").unwrap_or("ESMTP").to_owned(),
