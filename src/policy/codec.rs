@@ -1,6 +1,6 @@
 //! The form of Postfix policy requests and answers on the wire (SMTPD_POLICY_README), and nothing else.
 
-use std::{io, str};
+use std::{borrow::Cow, io, str};
 
 use tokio_util::{
     bytes::{BufMut, BytesMut},
@@ -15,13 +15,18 @@ pub(super) const MAX_ATTRIBUTES: usize = 200;
 
 /// A request: attributes in the order in which they came.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Request(Vec<(String, String)>);
+pub struct Request(Vec<(String, Vec<u8>)>);
 
 impl Request {
     /// The value of an attribute, if it came and is not empty. Of several the last counts, as in Postfix.
-    pub fn get(&self, name: &str) -> Option<&str> {
-        let value = self.0.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let value = self.0.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_slice());
         value.filter(|value| !value.is_empty())
+    }
+
+    /// The same as text. Strangers choose some values, which then need not be UTF-8.
+    pub fn get(&self, name: &str) -> Option<Cow<'_, str>> {
+        self.bytes(name).map(String::from_utf8_lossy)
     }
 }
 
@@ -31,7 +36,7 @@ pub enum CodecError {
     /// More than [`MAX_REQUEST_LENGTH`] bytes without an empty line, or too many attributes.
     #[error("request is too long")]
     TooLong,
-    /// A line without `=`, with an empty name, with a NUL, or not UTF-8.
+    /// A line without `=`, with an empty name or one that is not UTF-8, or with a NUL.
     #[error("malformed request")]
     Malformed,
     /// The client went away in the middle of a request, or the network failed.
@@ -67,15 +72,12 @@ impl Decoder for PolicyCodec {
 }
 
 fn parse(text: &[u8]) -> Result<Request, CodecError> {
-    let text = str::from_utf8(text).map_err(|_| CodecError::Malformed)?;
     let mut attributes = Vec::with_capacity(32);
-    for line in text.split('\n') {
-        match line.split_once('=') {
-            Some((name, value)) if !name.is_empty() && !line.contains('\0') => {
-                attributes.push((name.to_owned(), value.to_owned()));
-            }
-            _ => return Err(CodecError::Malformed),
-        }
+    for line in text.split(|byte| *byte == b'\n') {
+        let equals = line.iter().position(|byte| *byte == b'=').filter(|at| *at > 0 && !line.contains(&0));
+        let (name, value) = line.split_at(equals.ok_or(CodecError::Malformed)?);
+        let name = str::from_utf8(name).map_err(|_| CodecError::Malformed)?;
+        attributes.push((name.to_owned(), value[1..].to_vec()));
         if attributes.len() > MAX_ATTRIBUTES {
             return Err(CodecError::TooLong);
         }
@@ -126,16 +128,24 @@ mod tests {
             let (requests, error) = decode_in_pieces(bytes, cuts);
             assert!(error.is_none());
             assert_eq!(requests.len(), 2);
-            assert_eq!(requests[0].get("sender"), Some("a=b"));
+            assert_eq!(requests[0].get("sender"), Some("a=b".into()));
             assert_eq!(requests[0].get("helo_name"), None);
-            assert_eq!(requests[1].get("request"), Some("x"));
+            assert_eq!(requests[1].get("request"), Some("x".into()));
         }
+    }
+
+    #[test]
+    fn values_are_bytes() {
+        let (requests, error) = decode_in_pieces(b"sender=b\xf6se@x.example\n\n", &[]);
+        assert!(error.is_none());
+        assert_eq!(requests[0].bytes("sender"), Some(&b"b\xf6se@x.example"[..]));
+        assert_eq!(requests[0].get("sender"), Some("b\u{fffd}se@x.example".into()));
     }
 
     #[test]
     fn what_is_no_request_is_an_error() {
         for bytes in
-            [&b"nonsense\n\n"[..], b"=x\n\n", b"a=\xff\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"]
+            [&b"nonsense\n\n"[..], b"=x\n\n", b"\xff=a\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"]
         {
             assert!(matches!(decode_in_pieces(bytes, &[]).1, Some(CodecError::Malformed)), "{bytes:?}");
         }
