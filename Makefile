@@ -24,9 +24,9 @@ demo: ## show real SMTP dialogues with a private Postfix (as root); KEEP=1 leave
 	tests/install-dependencies
 	$(CARGO) test --quiet --release --locked --test demo
 
-bench: ## measure every figure of docs/performance.md
+bench: ## measure every figure of docs/performance.md (as root); ARGS=--help shows how to choose
 	tests/install-dependencies
-	$(CARGO) bench --locked
+	$(CARGO) bench --locked --bench figures -- $(ARGS)
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

@@ -197,8 +197,9 @@ pub fn normalize_domain(domain: &str) -> Option<String> {
     if domain.is_empty() || domain.contains(['@', ' ', '"', '<', '>', '/', '\\']) {
         return None;
     }
-    if domain.is_ascii() && !domain.to_ascii_lowercase().contains("xn--") {
-        return Some(domain.to_ascii_lowercase());
+    let lower = domain.to_ascii_lowercase();
+    if domain.is_ascii() && !lower.contains("xn--") {
+        return Some(lower);
     }
     // A name that IDNA refuses may still be one that an MTA uses: compare it as it stands.
     Some(idna::domain_to_ascii(domain).unwrap_or_else(|_| domain.to_lowercase()))

@@ -30,8 +30,9 @@ pub struct RecipientQuestion {
     client: (Option<IpAddr>, Option<String>),
     helo: Option<String>,
     sender: Sender,
-    /// As the client named it, and after aliases: filters see both.
-    recipient: (Address, Address),
+    /// As the client named it, and after aliases: filters see both. In one spelling, since Postfix tells a milter that
+    /// a local recipient is `alice` and a policy service `Alice`.
+    recipient: (String, String),
 }
 
 impl RecipientQuestion {
@@ -43,7 +44,7 @@ impl RecipientQuestion {
             client: (client.address, client.name.clone()),
             helo: client.helo.clone(),
             sender: envelope.sender.clone(),
-            recipient: (recipient.clone(), final_address.clone()),
+            recipient: (recipient.key(), final_address.key()),
         }
     }
 }

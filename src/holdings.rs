@@ -6,8 +6,8 @@ use moka::future::Cache;
 use tracing::{debug, warn};
 
 use crate::{
-    logging::{Chain, Quoted},
-    monitor::Inspection,
+    logging::Quoted,
+    monitor::{Inspection, RulesSource},
     rules::Rules,
     user::User,
     worker::{InspectError, Monitor},
@@ -23,6 +23,8 @@ pub struct Holdings {
     pub inspection: Inspection,
     /// The compiled rules; `None`: no rules, or rules with an error.
     pub rules: Option<Rules>,
+    /// Why there are rules that are ignored.
+    pub rules_error: Option<String>,
 }
 
 /// Asks and remembers.
@@ -66,19 +68,24 @@ impl Inspector {
 
 impl Holdings {
     fn new(user: &User, mut inspection: Inspection) -> Self {
-        if let Some(problem) = &inspection.rules_problem {
-            warn!(user = %user.name, "rules ignored: {}", Quoted(problem));
-        }
-        let rules = inspection.rules.take().and_then(|source| {
-            let file = |name: &str| source.sender_files.iter().find(|(n, _)| n == name).map(|(_, text)| text.clone());
-            match Rules::parse(&source.text, file) {
-                Ok(rules) => Some(rules),
-                Err(error) => {
-                    warn!(user = %user.name, "rules ignored: rules.toml:{}", Quoted(&Chain(&error).to_string()));
-                    None
-                }
+        let compiled = match (inspection.rules_problem.take(), inspection.rules.take()) {
+            (Some(problem), _) => Err(problem),
+            (None, Some(source)) => compile(&source).map(Some),
+            (None, None) => Ok(None),
+        };
+        match compiled {
+            Ok(rules) => Self { inspection, rules, rules_error: None },
+            Err(error) => {
+                warn!(user = %user.name, "rules ignored: {}", Quoted(&error));
+                Self { inspection, rules: None, rules_error: Some(error) }
             }
-        });
-        Self { inspection, rules }
+        }
     }
+}
+
+fn compile(source: &RulesSource) -> Result<Rules, String> {
+    let file = |name: &str| {
+        source.sender_files.iter().find(|(known, _)| known == name).map(|(_, text)| text.clone())
+    };
+    Rules::parse(&source.text, file).map_err(|error| format!("rules.toml:{error}"))
 }

@@ -16,7 +16,7 @@
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
-//! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`]: what their users have, and how it is asked;
+//! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it is asked;
 //! * [`answers`]: what they have just said;
 //! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`]: what comes of it.
 
@@ -41,6 +41,7 @@ pub mod rules;
 pub mod ruling;
 pub mod spool;
 pub mod sys;
+pub mod trace_headers;
 pub mod transaction;
 pub mod user;
 pub mod verdict;

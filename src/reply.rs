@@ -11,7 +11,8 @@ use crate::{address::Address, verdict::Verdict};
 /// Most lines of a reply; libmilter's `smfi_setmlreply` takes no more.
 pub const MAX_LINES: usize = 32;
 
-/// Longest text of a line, in bytes as the MTA gets it; libmilter takes 980. Codes are not counted.
+/// Longest text of a line, in bytes as the MTA gets it; libmilter takes 980. Codes are not counted. RFC 5321
+/// §4.5.3.1.5 gives whole lines 512 octets and wants clients to take more; MTAs pass these on as they are.
 pub const MAX_LINE_LENGTH: usize = 960;
 
 /// A reply that refuses or puts off.

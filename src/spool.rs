@@ -18,7 +18,10 @@ use nix::{
     sys::memfd::{MFdFlags, memfd_create},
 };
 
-use crate::{config::LineEndings, sys};
+use crate::{
+    config::{Filter, LineEndings},
+    sys,
+};
 
 /// Bytes gathered before they are written.
 const BUFFER_SIZE: usize = 64 * 1024;
@@ -32,6 +35,17 @@ pub struct SpoolSettings {
     pub memory_limit: u64,
     /// Line endings of what is written.
     pub line_endings: LineEndings,
+}
+
+impl SpoolSettings {
+    /// As `[filter]` has them.
+    pub fn new(filter: &Filter) -> Self {
+        Self {
+            directory: filter.spool_directory.clone(),
+            memory_limit: filter.memory_limit.0,
+            line_endings: filter.line_endings,
+        }
+    }
 }
 
 /// A message that is being received.

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
+    io::{self, IoSlice},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
@@ -13,7 +13,7 @@ use nix::{
     libc,
     sys::{
         signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
-        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+        socket::{ControlMessage, MsgFlags, sendmsg},
     },
     unistd::{ForkResult, Pid},
 };
@@ -21,9 +21,6 @@ use tokio::io::unix::AsyncFd;
 
 /// Most descriptors that travel with one message.
 pub const MAX_DESCRIPTORS: usize = 4;
-
-/// Most that the kernel lets travel (unix(7)).
-const SCM_MAX_FD: usize = 253;
 
 /// Forks, and runs `child` in the child, which never returns from it; gives the child's pid to the parent.
 ///
@@ -64,6 +61,45 @@ fn is_single_threaded() -> bool {
     std::fs::read_dir("/proc/self/task").map_or(true, |tasks| tasks.count() == 1)
 }
 
+/// How a child ended: any signal, those included for which nix has no name (a filter may die of SIGRTMIN).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChildEnd {
+    /// With this status.
+    Exited(i32),
+    /// By this signal.
+    Signaled(i32),
+}
+
+/// A child that has ended, if there is one. It stays a zombie, and its pid taken, until it is [reaped](reap).
+///
+/// # Errors
+///
+/// As waitid(2), but having no children is no error.
+pub fn next_ended_child() -> nix::Result<Option<(Pid, ChildEnd)>> {
+    // SAFETY: all zeros is a value of this plain structure.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the kernel writes one siginfo_t where there is room for one.
+    let result = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags) };
+    match Errno::result(result) {
+        Err(Errno::ECHILD) => return Ok(None),
+        other => other?,
+    };
+    // SAFETY: waitid(2) sets these fields, or leaves the zeros that mean that no child has ended.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let end = match info.si_code {
+        libc::CLD_EXITED => ChildEnd::Exited(status),
+        _ => ChildEnd::Signaled(status),
+    };
+    Ok((pid != 0).then_some((Pid::from_raw(pid), end)))
+}
+
+/// Reaps a child that has ended.
+pub fn reap(pid: Pid) {
+    // What it returns is known, and a signal without a name would be an error.
+    let _ = nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+}
+
 /// Marks every descriptor from `first` on as close-on-exec, those too that were inherited from whoever started us.
 ///
 /// # Errors
@@ -73,6 +109,29 @@ pub fn close_on_exec_from(first: u32) -> nix::Result<()> {
     // SAFETY: the call takes numbers only; it changes flags of descriptors and closes none.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     Errno::result(result).map(drop)
+}
+
+/// Closes, in a forked child, every descriptor from 3 on that is not in the list, under the same promise as
+/// [`close_in_child`].
+///
+/// # Errors
+///
+/// As close_range(2).
+pub fn close_all_but(kept: &[RawFd]) -> nix::Result<()> {
+    let mut kept: Vec<u32> =
+        kept.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd > 2).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for limit in kept.into_iter().map(Some).chain([None]) {
+        let last = limit.map_or(u32::MAX, |fd| fd - 1);
+        if first <= last {
+            // SAFETY: closing takes numbers; nothing in the child uses these descriptors, as the caller promises.
+            let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            Errno::result(result)?;
+        }
+        first = last.saturating_add(2);
+    }
+    Ok(())
 }
 
 /// Closes descriptors in a forked child.
@@ -92,16 +151,27 @@ pub fn adopt(descriptor: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 
+/// Number of the last signal (signal(7)), and the size of the kernel's set of them, in bytes.
+const LAST_SIGNAL: libc::c_int = 64;
+const SIGNAL_SET_SIZE: usize = 8;
+
 /// Sets every signal back to its default action and unblocks all.
+///
+/// The system call is made directly: whoever started us may have ignored real-time signals too, and sigaction(3)
+/// refuses to touch the two that the C library keeps for itself.
 ///
 /// # Errors
 ///
 /// As sigaction(2) and sigprocmask(2).
 pub fn reset_signals() -> nix::Result<()> {
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
-        // SAFETY: the default action runs no code of ours.
-        unsafe { sigaction(signal, &default) }?;
+    // The kernel's struct sigaction: a handler (0 is SIG_DFL), flags, a restorer, and a mask of 8 bytes.
+    let default = [0_u64; 4];
+    for signal in (1..=LAST_SIGNAL).filter(|s| !matches!(*s, libc::SIGKILL | libc::SIGSTOP)) {
+        let old = std::ptr::null_mut::<u64>();
+        // SAFETY: the default action runs no code of ours; `default` is at least as long as the kernel's struct.
+        let result =
+            unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), old, SIGNAL_SET_SIZE) };
+        Errno::result(result)?;
     }
     SigSet::all().thread_unblock()
 }
@@ -145,29 +215,44 @@ pub struct Received {
 ///
 /// As recvmsg(2); EAGAIN if the socket does not block and has nothing.
 pub fn receive_with_descriptors(socket: impl AsFd, buffer: &mut [u8]) -> nix::Result<Received> {
-    // Room for as many as the kernel passes at most: what does not fit would be open, and known to nobody.
-    let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
-    let mut slices = [IoSliceMut::new(buffer)];
-    let message = recvmsg::<()>(
-        socket.as_fd().as_raw_fd(),
-        &mut slices,
-        Some(&mut control),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    // nix's recvmsg gives nothing of a message whose descriptors could not all be received: those that were would stay
+    // open for ever, so that a peer could use up our descriptors.
+    let mut control = ControlBuffer([0; CONTROL_LENGTH]);
+    let mut slice = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all zeros is a value of this plain structure.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut slice;
+    header.msg_iovlen = 1;
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = CONTROL_LENGTH as _;
+    // SAFETY: the header points to two live buffers and has their lengths.
+    let length =
+        unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+    let length = Errno::result(length)?.cast_unsigned();
     let mut descriptors = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = part {
-            // SAFETY: the kernel just made these descriptors for us; nothing else owns them.
-            descriptors.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+    // SAFETY: the kernel filled in the header and the control buffer, which is aligned for the macros. Each part has
+    // as many descriptors as its length says; they were made for us, and nothing else owns them.
+    unsafe {
+        let mut part = libc::CMSG_FIRSTHDR(&raw const header);
+        while let Some(head) = part.as_ref() {
+            if (head.cmsg_level, head.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                let data = libc::CMSG_DATA(part).cast::<RawFd>();
+                let count = (head.cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
+                descriptors.extend((0..count).map(|at| OwnedFd::from_raw_fd(data.add(at).read_unaligned())));
+            }
+            part = libc::CMSG_NXTHDR(&raw const header, part);
         }
     }
-    Ok(Received {
-        length: message.bytes,
-        truncated: message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC)
-            || descriptors.len() > MAX_DESCRIPTORS,
-        descriptors,
-    })
+    let is_cut = header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0;
+    Ok(Received { length, truncated: is_cut || descriptors.len() > MAX_DESCRIPTORS, descriptors })
 }
+
+/// Room for control messages, aligned as their headers are.
+#[repr(C, align(8))]
+struct ControlBuffer([u8; CONTROL_LENGTH]);
+
+/// Room for some descriptors more than [`MAX_DESCRIPTORS`]; the kernel does not open those for which there is none.
+const CONTROL_LENGTH: usize = 64;
 
 /// Registers a descriptor with the runtime.
 ///

@@ -1,6 +1,10 @@
 //! Who a recipient resolves to.
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+    path::PathBuf,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -44,7 +48,7 @@ impl fmt::Display for UserName {
 }
 
 /// Somebody whose filters and rules can be asked.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
     /// The name: a login name, or what the directory or passwd-file calls a virtual user.
     pub name: UserName,
@@ -81,6 +85,13 @@ impl TryFrom<String> for ProgramName {
 impl From<ProgramName> for String {
     fn from(name: ProgramName) -> Self {
         name.0
+    }
+}
+
+/// By the name alone: few users share one, and hashing the path of a home costs more than all else.
+impl Hash for User {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
     }
 }
 

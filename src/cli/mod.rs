@@ -1,7 +1,9 @@
 //! The command line.
 
 mod check;
+mod init;
 mod serve;
+mod try_out;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -9,6 +11,14 @@ use clap::{Parser, Subcommand};
 
 /// EX_USAGE of sysexits.h.
 const USAGE: u8 = 64;
+/// EX_SOFTWARE of sysexits.h.
+const SOFTWARE: u8 = 70;
+/// EX_CANTCREAT of sysexits.h.
+const CANTCREAT: u8 = 73;
+/// EX_TEMPFAIL of sysexits.h.
+const TEMPFAIL: u8 = 75;
+/// EX_NOPERM of sysexits.h.
+const NOPERM: u8 = 77;
 /// EX_CONFIG of sysexits.h.
 const CONFIG: u8 = 78;
 
@@ -30,9 +40,16 @@ enum Command {
     Serve(ConfigArguments),
     /// Validate the configuration: exit status 0, or 78 with the place of the fault.
     Check(ConfigArguments),
+    /// Run rules and filter as the daemon would, on the message on standard input.
+    ///
+    /// The exit status is 0 for accept, 77 for reject, 75 for defer, and 70 for a filter error. Root can try
+    /// anybody's filter, others their own.
+    Try(try_out::Arguments),
+    /// Write a first ~/.usermilter with a working filter.
+    Init(init::Arguments),
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 struct ConfigArguments {
     /// The configuration file [default: /etc/usermilter/usermilter.toml, or built-in defaults if there is none].
     #[arg(long, value_name = "FILE")]
@@ -52,5 +69,7 @@ pub fn run() -> ExitCode {
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments.config),
         Command::Check(arguments) => check::run(arguments.config.as_deref()),
+        Command::Try(arguments) => try_out::run(arguments),
+        Command::Init(arguments) => init::run(&arguments),
     }
 }

@@ -25,8 +25,12 @@ pub(super) fn run(config_path: Option<PathBuf>) -> ExitCode {
         Err(error) => {
             error!("{}", Chain(&error));
             match error {
-                MonitorError::Config(_) | MonitorError::Bind(_) => ExitCode::from(CONFIG),
-                MonitorError::System { .. } | MonitorError::Worker => ExitCode::FAILURE,
+                MonitorError::Config(_)
+                | MonitorError::Bind(_)
+                | MonitorError::Worker { misconfigured: true } => ExitCode::from(CONFIG),
+                MonitorError::System { .. } | MonitorError::Worker { misconfigured: false } => {
+                    ExitCode::FAILURE
+                }
             }
         }
     }

@@ -2,6 +2,8 @@
 
 use std::{fmt, io, path::PathBuf};
 
+use super::ldap::SecretError;
+
 /// A configuration that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -13,6 +15,9 @@ pub enum ConfigError {
         /// Why.
         source: io::Error,
     },
+    /// A password or certificate that a resolver names can't be used.
+    #[error("resolver of type ldap")]
+    Secret(#[from] SecretError),
     /// The text is no TOML, or a value is not what the setting wants.
     #[error("{place}: {message}")]
     Invalid {

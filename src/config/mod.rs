@@ -3,6 +3,8 @@
 //! [`Config::load`] is the only way to get one from a file; after it no code checks a setting again.
 
 mod error;
+pub mod ldap;
+mod template;
 mod values;
 
 use std::{
@@ -117,6 +119,8 @@ pub enum ResolverConfig {
         /// The file.
         path: PathBuf,
     },
+    /// A directory.
+    Ldap(Box<ldap::LdapConfig>),
 }
 
 /// `[filter]`
@@ -334,6 +338,11 @@ impl Config {
         };
         if let Some(rules) = &mut config.recipients.rules {
             rules.read()?;
+        }
+        for resolver in &mut config.resolvers {
+            if let ResolverConfig::Ldap(ldap) = resolver {
+                ldap.load_secrets()?;
+            }
         }
         Ok(config)
     }

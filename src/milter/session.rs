@@ -20,6 +20,7 @@ use crate::{
     pipeline::{Outcome, Pipeline},
     recipient::{FilterSet, Recipient},
     spool::{Spool, SpoolSettings},
+    trace_headers,
     transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::Opinion,
 };
@@ -246,16 +247,9 @@ impl Session {
 
     fn new_spool(&self, transaction: &Transaction) -> io::Result<Spool> {
         let filter = &self.settings.filter;
-        let settings = SpoolSettings {
-            directory: filter.spool_directory.clone(),
-            memory_limit: filter.memory_limit.0,
-            line_endings: filter.line_endings,
-        };
-        let mut spool = Spool::new(settings, transaction.envelope.declared_size)?;
+        let mut spool = Spool::new(SpoolSettings::new(filter), transaction.envelope.declared_size)?;
         if filter.trace_headers {
-            for (name, value) in transaction.trace_headers() {
-                spool.header(name.as_bytes(), value.as_bytes())?;
-            }
+            trace_headers::write(&mut spool, &transaction.envelope, &transaction.host)?;
         }
         Ok(spool)
     }
@@ -396,41 +390,6 @@ impl Transaction {
             self.envelope.queue_id = value(macros, c"i");
         }
     }
-
-    /// What a delivery agent would see on top of the message. No recipient is named: others read the same file.
-    fn trace_headers(&self) -> [(&'static str, String); 2] {
-        let client = &self.envelope.client;
-        let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
-        let date = jiff::fmt::rfc2822::to_string(&now).unwrap_or_default();
-        let helo = client.helo.as_deref().unwrap_or("unknown");
-        let name = client.name.as_deref().unwrap_or("unknown");
-        let address = match client.address {
-            Some(std::net::IpAddr::V6(address)) => format!("IPv6:{address}"),
-            Some(address) => address.to_string(),
-            None => "unknown".into(),
-        };
-        let with = match (&client.tls, &client.sasl) {
-            (Some(_), Some(_)) => "ESMTPSA",
-            (Some(_), None) => "ESMTPS",
-            (None, Some(_)) => "ESMTPA",
-            (None, None) => "ESMTP",
-        };
-        let received = format!(
-            " from {} ({} [{address}])\n\tby {} (usermilter) with {with} id {};\n\t{date}",
-            token(helo),
-            token(name),
-            token(&self.host),
-            token(self.envelope.queue_id()),
-        );
-        [("Return-Path", format!(" <{}>", self.envelope.sender)), ("Received", received)]
-    }
-}
-
-/// A stranger's word as one atom of a header: nothing that could end it.
-fn token(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() || matches!(c, ' ' | '(' | ')' | '\\' | '"' | ';') { '?' } else { c })
-        .collect()
 }
 
 /// A name that the MTA has verified. It writes `unknown`, or the address in brackets, where it has none.

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, Metadata},
     io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -15,6 +15,11 @@ use nix::{
     sys::stat::{FileStat, Mode, SFlag, fstat},
     unistd::{AccessFlags, access},
 };
+
+/// Symbolic links followed on the way to one file, as in the kernel (path_resolution(7)).
+const MAX_LINKS: usize = 40;
+
+use crate::sys;
 
 /// Write permission of group and others.
 const OTHERS_MAY_WRITE: u32 = 0o022;
@@ -56,18 +61,11 @@ impl CheckError {
 /// [`CheckError`], with the path on which the check failed.
 pub(super) fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
     match fs::symlink_metadata(path) {
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return Err(CheckError::Missing);
-        }
+        Err(error) if is_absence(&error) => return Err(CheckError::Missing),
         Err(error) => return Err(CheckError::system(path, error)),
         Ok(_) => (),
     }
-    let real = fs::canonicalize(path).map_err(|error| CheckError::system(path, error))?;
-    for directory in real.ancestors().skip(1) {
-        let metadata =
-            fs::symlink_metadata(directory).map_err(|error| CheckError::system(directory, error))?;
-        check_directory(directory, &metadata, uid)?;
-    }
+    let real = follow(path, uid)?;
     // O_PATH: looking at a FIFO or a device must neither wait nor have an effect.
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
@@ -78,9 +76,50 @@ pub(super) fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
     Ok(real)
 }
 
+/// Whether the error says that there is no such file. A name that is too long for the file system is that of none:
+/// strangers choose extensions, which are part of names.
+pub(super) fn is_absence(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidFilename, NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory | InvalidFilename)
+}
+
+/// The real path behind a path, when everything that decides where it leads is checked: each directory, and each
+/// symbolic link. A link in a directory that others may write could be pointed elsewhere by them.
+fn follow(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
+    if !path.is_absolute() {
+        return Err(CheckError::failed(path, "not an absolute path"));
+    }
+    let backwards = |path: &Path| path.components().rev().map(|c| PathBuf::from(c.as_os_str())).collect();
+    let mut rest: Vec<PathBuf> = backwards(path);
+    let mut real = PathBuf::new();
+    let mut links = 0;
+    while let Some(name) = rest.pop() {
+        let next = match name.as_os_str().as_encoded_bytes() {
+            b"." => continue,
+            b".." => real.parent().unwrap_or(Path::new("/")).to_owned(),
+            _ => real.join(name),
+        };
+        let metadata = fs::symlink_metadata(&next).map_err(|error| CheckError::system(&next, error))?;
+        if metadata.is_symlink() {
+            check_owner(&next, metadata.uid(), uid)?;
+            links += 1;
+            if links > MAX_LINKS {
+                return Err(CheckError::system(path, nix::errno::Errno::ELOOP));
+            }
+            let target = fs::read_link(&next).map_err(|error| CheckError::system(&next, error))?;
+            rest.append(&mut backwards(&target));
+            continue;
+        }
+        if !rest.is_empty() {
+            check_directory(&next, &metadata, uid)?;
+        }
+        real = next;
+    }
+    Ok(real)
+}
+
 fn check_directory(path: &Path, metadata: &Metadata, uid: u32) -> Result<(), CheckError> {
     if !metadata.is_dir() {
-        // The path was canonical a moment ago: somebody is changing it under us.
         return Err(CheckError::failed(path, "not a directory"));
     }
     check_owner(path, metadata.uid(), uid)?;
@@ -122,16 +161,18 @@ fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
 ///
 /// [`CheckError`] if it is no regular file, can't be read, is longer than `limit` bytes, or not UTF-8.
 pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, CheckError> {
-    use std::{fs::OpenOptions, io::Read, os::unix::fs::OpenOptionsExt};
-    let file = match OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+    use std::io::Read;
+    // Opening a device or a FIFO can wait or have an effect (a tty would become the session's): look first.
+    let file = match open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(io::Error::from) {
+        Err(error) if is_absence(&error) => return Ok(None),
         other => other.map_err(|error| CheckError::system(path, error))?,
     };
-    let metadata = file.metadata().map_err(|error| CheckError::system(path, error))?;
-    let kind = metadata.file_type();
-    if !kind.is_file() || kind.is_fifo() {
+    let stat = fstat(&file).map_err(|error| CheckError::system(path, error))?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
         return Err(CheckError::failed(path, "not a regular file"));
     }
+    let file = sys::reopen_for_reading(&file).map_err(|error| CheckError::system(path, error))?;
+    let file = fs::File::from(file);
     let mut text = String::new();
     file.take(limit + 1).read_to_string(&mut text).map_err(|error| CheckError::system(path, error))?;
     if text.len() as u64 > limit {
@@ -191,9 +232,30 @@ mod tests {
         nix::unistd::mkfifo(&scene.path("fifo"), Mode::S_IRWXU).unwrap();
         assert!(scene.fault(&scene.path("fifo")).contains("not a regular file"));
         symlink("/nonexistent/x", scene.path("dangling")).unwrap();
-        assert!(scene.fault(&scene.path("dangling")).contains("dangling"));
+        assert!(scene.fault(&scene.path("dangling")).contains("/nonexistent: "));
+        symlink("loop", scene.path("loop")).unwrap();
+        assert!(scene.fault(&scene.path("loop")).contains("loop: "));
         assert!(matches!(executable(&scene.path("nothing"), scene.uid), Err(CheckError::Missing)));
         assert!(matches!(executable(&scene.path("a/message"), scene.uid), Err(CheckError::Missing)));
+        assert!(matches!(executable(&scene.path(&"x".repeat(300)), scene.uid), Err(CheckError::Missing)));
+    }
+
+    #[test]
+    fn links_are_followed_as_the_kernel_does_and_each_directory_on_the_way_is_checked() {
+        let scene = Scene::new();
+        let filter = scene.filter("message", 0o755);
+        fs::create_dir(scene.path("open")).unwrap();
+        fs::create_dir_all(scene.path("closed/deep")).unwrap();
+        symlink("../message", scene.path("open/link")).unwrap();
+        symlink("../../message", scene.path("closed/deep/link")).unwrap();
+        symlink("closed/./deep/../deep", scene.path("way")).unwrap();
+        assert_eq!(
+            executable(&scene.path("way/../deep/link"), scene.uid).unwrap(),
+            fs::canonicalize(&filter).unwrap()
+        );
+        assert!(executable(&scene.path("open/link"), scene.uid).is_ok());
+        fs::set_permissions(scene.path("open"), fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(scene.fault(&scene.path("open/link")).contains("open: directory is writable"));
     }
 
     #[test]

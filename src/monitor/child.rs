@@ -44,8 +44,9 @@ use crate::{
 const SHELL: &CStr = c"SHELL=/bin/sh";
 const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
-/// Exit status of a child that did not become a filter: EX_UNAVAILABLE. Nobody judges by it; the report does.
-const NOT_RUN: i32 = 69;
+/// Exit status of a child that did not become a filter. The report says why; should it get lost, this is no verdict
+/// either.
+const NOT_RUN: i32 = 126;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;
@@ -88,6 +89,9 @@ struct Identity {
 impl Child<'_> {
     /// Looks at what the user has and reports it. Returns the exit status.
     pub(super) fn inspect(&self, user: &User, report: &OwnedFd) -> i32 {
+        if check_pipe("report", report).is_err() {
+            return NOT_RUN;
+        }
         let outcome = self.become_user(user).and_then(|identity| {
             let mut inspection = Inspection { uid: identity.uid.as_raw(), ..Inspection::default() };
             self.find_files(user, &identity, &mut inspection)?;
@@ -104,6 +108,9 @@ impl Child<'_> {
 
     /// Becomes the user's filter. Returns only if it could not, with the exit status.
     pub(super) fn run(&self, run: &Run<'_>, report: &OwnedFd) -> i32 {
+        if check_pipe("report", report).is_err() {
+            return NOT_RUN;
+        }
         let Err(refusal) = self.try_run(run);
         send(report, &Report::Refusal(refusal));
         NOT_RUN
@@ -113,6 +120,8 @@ impl Child<'_> {
         if let Some(message) = run.stdin {
             check_message(message)?;
         }
+        check_pipe("standard output", run.stdout)?;
+        check_pipe("standard error", run.stderr)?;
         self.limit_resources()?;
         let identity = self.become_user(run.user)?;
         if self.settings.no_new_privileges {
@@ -308,9 +317,9 @@ impl Child<'_> {
         inspection.fallback_message = self.fallback(user, Phase::Message);
         let directory = identity.home.join(&self.settings.directory);
         let entries = match fs::read_dir(&directory) {
-            // No directory, or none that the user can read: the user has nothing.
-            Err(_) => return Ok(()),
-            Ok(entries) => entries,
+            Err(error) if checks::is_absence(&error) => return Ok(()),
+            // What is there and can't be seen is not nothing.
+            other => other.map_err(|e| refused(&directory.display().to_string(), e))?,
         };
         for entry in entries.filter_map(Result::ok) {
             let Ok(name) = entry.file_name().into_string() else {
@@ -390,6 +399,17 @@ fn check_message(message: &OwnedFd) -> Result<(), Refusal> {
         Ok(())
     } else {
         Err(Refusal::Check("the message is not an anonymous read-only file".into()))
+    }
+}
+
+/// A report may be written before the drop: on a socket, what root writes could carry root's credentials (unix(7),
+/// SO_PASSCRED), and a file may ask who writes. The monitor itself must not ask what a descriptor is: fstat(2) can hang.
+fn check_pipe(what: &str, descriptor: &OwnedFd) -> Result<(), Refusal> {
+    let stat = fstat(descriptor).map_err(|e| refused("fstat", e))?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO {
+        Ok(())
+    } else {
+        Err(Refusal::Check(format!("{what} is no pipe")))
     }
 }
 
@@ -477,6 +497,16 @@ mod tests {
         for name in ["messages", "message.bak", "rules.toml", "log", "xmessage"] {
             assert!(!is_filter_name(name));
         }
+    }
+
+    #[test]
+    fn nothing_but_a_pipe_is_written_to() {
+        let (read, write) = unistd::pipe().unwrap();
+        assert!(check_pipe("report", &write).is_ok());
+        drop(read);
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(check_pipe("report", &socket.into()).is_err());
+        assert!(check_pipe("report", &tempfile::tempfile().unwrap().into()).is_err());
     }
 
     #[test]

@@ -2,16 +2,13 @@
 
 use std::{
     collections::HashMap,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 
 use nix::{
     errno::Errno,
-    sys::{
-        signal::{Signal, kill, killpg},
-        wait::WaitStatus,
-    },
+    sys::signal::{Signal, kill, killpg},
     unistd::{Pid, getpid},
 };
 use tracing::debug;
@@ -20,7 +17,10 @@ use super::{
     child::{Child, Run},
     wire::{End, JobId, Request},
 };
-use crate::{config::Filter, sys};
+use crate::{
+    config::Filter,
+    sys::{self, ChildEnd},
+};
 
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
@@ -70,14 +70,18 @@ pub(super) struct Ended {
 pub(super) enum BadRequest {
     #[error("request with {0} descriptors")]
     Descriptors(usize),
-    #[error("more jobs at a time than allowed ({0})")]
-    TooMany(usize),
     #[error("no job")]
     NoJob,
 }
 
 impl Jobs {
-    /// Starts the child that a request asks for. `Some` if it could not be forked.
+    /// Jobs that a worker may have under way.
+    pub(super) fn limit(settings: &Filter) -> usize {
+        settings.max_processes + MAX_INSPECTIONS
+    }
+
+    /// Starts the child that a request asks for. `Some` if it could not be forked, or there are too many already: an
+    /// honest worker comes to that when it gave up on children that the kernel holds, in a home that hangs.
     pub(super) fn start(
         &mut self,
         worker: WorkerId,
@@ -85,10 +89,10 @@ impl Jobs {
         descriptors: &[OwnedFd],
         settings: &Filter,
     ) -> Result<Option<Ended>, BadRequest> {
-        let limit = settings.max_processes + MAX_INSPECTIONS;
-        if self.of_worker(worker) >= limit {
-            return Err(BadRequest::TooMany(limit));
-        }
+        let has_room = self.of_worker(worker) < Self::limit(settings);
+        let fork_job = |descriptors: &[OwnedFd], job: &dyn Fn() -> i32| {
+            if has_room { fork_job(descriptors, job) } else { Err(Errno::EAGAIN) }
+        };
         let child = Child { settings, monitor: getpid() };
         let (id, time_limit, forked) = match request {
             Request::Ready => return Err(BadRequest::NoJob),
@@ -96,7 +100,7 @@ impl Jobs {
                 let [report] = descriptors else {
                     return Err(BadRequest::Descriptors(descriptors.len()));
                 };
-                (*job, INSPECT_TIME_LIMIT, fork_job(|| child.inspect(user, report)))
+                (*job, INSPECT_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
                 let (stdin, stdout, stderr, report) = match descriptors {
@@ -114,7 +118,7 @@ impl Jobs {
                     stderr,
                 };
                 let time_limit = Duration::from_millis(*time_limit).min(settings.timeout.0);
-                (*job, time_limit, fork_job(|| child.run(&run, report)))
+                (*job, time_limit, fork_job(descriptors, &|| child.run(&run, report)))
             }
         };
         let started = Instant::now();
@@ -134,13 +138,12 @@ impl Jobs {
     /// Takes note of a child that waits to be reaped, and ends what it left in its process group. `None`: not ours.
     ///
     /// To be called before the child is reaped: until then its pid, and so the group's number, is taken.
-    pub(super) fn ended(&mut self, status: WaitStatus) -> Option<Ended> {
-        let pid = status.pid()?;
+    pub(super) fn ended(&mut self, pid: Pid, end: ChildEnd) -> Option<Ended> {
         let job = self.running.remove(&pid)?;
         let _ = killpg(pid, Signal::SIGKILL);
-        let end = match (job.stage, status) {
-            (Stage::Running, WaitStatus::Exited(_, code)) => End::Exited(code),
-            (Stage::Running, WaitStatus::Signaled(_, signal, _)) => End::Signaled(signal as i32),
+        let end = match (job.stage, end) {
+            (Stage::Running, ChildEnd::Exited(status)) => End::Exited(status),
+            (Stage::Running, ChildEnd::Signaled(signal)) => End::Signaled(signal),
             _ => End::TimedOut,
         };
         Some(Ended { worker: job.worker, id: job.id, end, elapsed: job.started.elapsed() })
@@ -187,9 +190,11 @@ impl Jobs {
     }
 }
 
-/// Forks a child that handles signals as any program does.
-fn fork_job(job: impl FnOnce() -> i32) -> nix::Result<Pid> {
-    sys::fork(|| match sys::reset_signals() {
+/// Forks a child that handles signals as any program does, and has nothing of the monitor's: a child that hangs must
+/// not keep a socket open that was closed, nor be a way from a user to the channels.
+fn fork_job(descriptors: &[OwnedFd], job: impl FnOnce() -> i32) -> nix::Result<Pid> {
+    let kept: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    sys::fork(|| match sys::reset_signals().and_then(|()| sys::close_all_but(&kept)) {
         Ok(()) => job(),
         Err(_) => 1,
     })

@@ -15,7 +15,7 @@ mod supervise;
 mod wire;
 
 pub use sockets::BindError;
-pub use supervise::{MonitorError, run_once, serve};
+pub use supervise::{MonitorError, run_once, serve, serve_with};
 pub use wire::{
     End, Event, FilterFile, Inspection, JobId, MAX_PACKET, MAX_REPORT, Malformed, Phase, Refusal, Report,
     Request, RulesSource, Variable, decode, encode,

@@ -4,14 +4,19 @@ use std::{
     fs, io,
     net::TcpListener,
     os::{
-        fd::OwnedFd,
+        fd::{AsRawFd, OwnedFd},
         unix::{
-            fs::{FileTypeExt, MetadataExt, PermissionsExt, chown},
-            net::{UnixListener, UnixStream},
+            fs::{FileTypeExt, MetadataExt, lchown},
+            net::UnixStream,
         },
     },
     path::{Path, PathBuf},
     rc::Rc,
+};
+
+use nix::sys::{
+    socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
+    stat::{Mode, fchmod, umask},
 };
 
 use crate::config::{Server, SocketAddress};
@@ -71,18 +76,20 @@ impl Listener {
                 Ok(Self { address: address.clone(), descriptor: listener.into(), identity: None })
             }
             SocketAddress::Unix(path) => {
+                let group = match &server.socket_group {
+                    Some(name) => nix::unistd::Group::from_name(name)?
+                        .ok_or_else(|| io::Error::other(format!("group {name} does not exist")))
+                        .map(Some)?,
+                    None => None,
+                };
                 remove_stale(path)?;
-                let listener = UnixListener::bind(path)?;
-                listener.set_nonblocking(true)?;
-                if let Some(group) = &server.socket_group {
-                    let group = nix::unistd::Group::from_name(group)?
-                        .ok_or_else(|| io::Error::other(format!("group {group} does not exist")))?;
-                    chown(path, None, Some(group.gid.as_raw()))?;
+                let listener = listen_on(path, Mode::from_bits_truncate(server.socket_mode.0))?;
+                if let Some(group) = group {
+                    lchown(path, None, Some(group.gid.as_raw()))?;
                 }
-                fs::set_permissions(path, fs::Permissions::from_mode(server.socket_mode.0))?;
                 let metadata = fs::symlink_metadata(path)?;
                 let identity = Some((path.clone(), metadata.dev(), metadata.ino()));
-                Ok(Self { address: address.clone(), descriptor: listener.into(), identity })
+                Ok(Self { address: address.clone(), descriptor: listener, identity })
             }
         }
     }
@@ -96,6 +103,22 @@ impl Drop for Listener {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Binds a Unix socket that has its permissions from the first moment. They are never set by path: whoever may write
+/// to the directory (the worker's user, if it is a RuntimeDirectory of theirs) could put a link there.
+fn listen_on(path: &Path, mode: Mode) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    let address = UnixAddr::new(path)?;
+    // bind(2) gives the path the permissions that the socket itself has, less the umask.
+    fchmod(&socket, mode)?;
+    let before = umask(Mode::empty());
+    let bound = bind(socket.as_raw_fd(), &address);
+    umask(before);
+    bound?;
+    listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket)
 }
 
 /// Removes a socket that a process left behind; one that somebody serves is left alone.
@@ -117,6 +140,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn a_stale_socket_is_replaced_a_served_one_and_a_file_are_not() {

@@ -6,6 +6,7 @@
 use std::{
     collections::VecDeque,
     io,
+    ops::ControlFlow,
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::PathBuf,
     rc::Rc,
@@ -20,7 +21,6 @@ use nix::{
         signal::{SigSet, Signal, kill},
         signalfd::{SfdFlags, SignalFd},
         socket::{AddressFamily, SockFlag, SockType, socketpair},
-        wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
     },
     unistd::Pid,
 };
@@ -34,7 +34,8 @@ use super::{
 };
 use crate::{
     config::{Config, ConfigError},
-    sys,
+    logging::Chain,
+    sys::{self, ChildEnd},
     worker::{self, Inherited},
 };
 
@@ -46,6 +47,10 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// More draining workers than this, and the eldest no longer waits for open connections.
 const MAX_DRAINING: usize = 3;
+/// Packets of one worker that are handled before signals, time limits and other workers have their turn.
+const MAX_PACKETS_AT_ONCE: usize = 64;
+/// A worker that leaves more events unread than its jobs can have, and this many, reads none.
+const MAX_UNREAD: usize = 1024;
 /// A worker that has not left this long after its drain time is killed.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
 
@@ -68,7 +73,10 @@ pub enum MonitorError {
     },
     /// The first worker did not come up; its own message is in the log.
     #[error("the worker could not be started")]
-    Worker,
+    Worker {
+        /// Whether the configuration is at fault.
+        misconfigured: bool,
+    },
 }
 
 fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
@@ -81,8 +89,7 @@ fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
 ///
 /// [`MonitorError`] if it can't start; later trouble is logged and lived with.
 pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), MonitorError> {
-    let listeners = Listeners::bind(&config.server, &Listeners::default())?;
-    Monitor::start(config_path, config, listeners, Box::new(worker::start))?.run().map(drop)
+    serve_with(config_path, config, worker::start)
 }
 
 /// Runs one worker to its end, without sockets, and serves its requests as those of any worker: for commands that
@@ -91,10 +98,28 @@ pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), Monitor
 /// # Errors
 ///
 /// [`MonitorError`] if it can't start, or ends without a status.
-pub fn run_once(config: Config, body: impl Fn(Inherited) -> i32 + 'static) -> Result<i32, MonitorError> {
-    let mut monitor = Monitor::start(None, config, Listeners::default(), Box::new(body))?;
+pub fn run_once(
+    config: Config,
+    run_worker: impl Fn(Inherited) -> i32 + 'static,
+) -> Result<i32, MonitorError> {
+    let mut monitor = Monitor::start(None, config, Listeners::default(), Box::new(run_worker))?;
     monitor.runs_once = true;
-    monitor.run()?.ok_or(MonitorError::Worker)
+    monitor.run()?;
+    monitor.status.ok_or(MonitorError::Worker { misconfigured: false })
+}
+
+/// As [`serve`], with another worker: what the monitor withstands is tested with one that breaks every rule.
+///
+/// # Errors
+///
+/// As [`serve`].
+pub fn serve_with(
+    config_path: Option<PathBuf>,
+    config: Config,
+    run_worker: fn(Inherited) -> i32,
+) -> Result<(), MonitorError> {
+    let listeners = Listeners::bind(&config.server, &Listeners::default())?;
+    Monitor::start(config_path, config, listeners, Box::new(run_worker))?.run()
 }
 
 fn block_signals() -> Result<SignalFd, MonitorError> {
@@ -106,11 +131,14 @@ fn block_signals() -> Result<SignalFd, MonitorError> {
     SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(system("signalfd"))
 }
 
-/// What a worker process does. Returns its exit status.
-type Body = Box<dyn Fn(Inherited) -> i32>;
-
 struct Monitor {
     config_path: Option<PathBuf>,
+    /// What a forked worker does. Returns its exit status.
+    run_worker: Box<dyn Fn(Inherited) -> i32>,
+    /// Whether the end of the worker is the end of it all.
+    runs_once: bool,
+    /// The worker's exit status, then.
+    status: Option<i32>,
     signals: SignalFd,
     jobs: Jobs,
     workers: Vec<Worker>,
@@ -119,17 +147,22 @@ struct Monitor {
     listeners: Listeners,
     next_id: WorkerId,
     restart: Restart,
-    /// Set by SIGTERM: when to stop waiting.
-    stopping: Option<Instant>,
+    /// Set by SIGHUP.
+    reload_wanted: bool,
+    /// Set by SIGTERM.
+    stopping: Option<Stop>,
     /// Whether any worker was ever ready.
     served: bool,
     /// Room for one packet.
     buffer: Vec<u8>,
-    body: Body,
-    /// Whether the end of the worker is the end of it all.
-    runs_once: bool,
-    /// The worker's exit status, then.
-    status: Option<i32>,
+}
+
+/// The end of the daemon.
+#[derive(Clone, Copy)]
+struct Stop {
+    /// When to wait no longer: first for workers, which are killed then, and then for what the kernel holds.
+    at: Instant,
+    killed: bool,
 }
 
 /// When a dead worker is followed by another.
@@ -144,6 +177,8 @@ struct Worker {
     channel: OwnedFd,
     role: Role,
     ready: bool,
+    /// It was sent SIGKILL: what it still says is not heard. The kernel may take its time.
+    killed: bool,
     started: Instant,
     settings: Arc<Config>,
     listeners: Listeners,
@@ -165,10 +200,13 @@ impl Monitor {
         config_path: Option<PathBuf>,
         config: Config,
         listeners: Listeners,
-        body: Body,
+        run_worker: Box<dyn Fn(Inherited) -> i32>,
     ) -> Result<Self, MonitorError> {
         let mut monitor = Self {
             config_path,
+            run_worker,
+            runs_once: false,
+            status: None,
             signals: block_signals()?,
             jobs: Jobs::default(),
             workers: Vec::new(),
@@ -176,27 +214,23 @@ impl Monitor {
             listeners,
             next_id: 0,
             restart: Restart { pause: BACKOFF.0, at: None },
+            reload_wanted: false,
             stopping: None,
             served: false,
             buffer: vec![0; MAX_PACKET],
-            body,
-            runs_once: false,
-            status: None,
         };
         monitor.start_worker(Arc::clone(&monitor.settings), monitor.listeners.clone(), Role::Serving)?;
         Ok(monitor)
     }
 
-    /// Returns the worker's exit status if it [runs once](Monitor::runs_once).
-    fn run(&mut self) -> Result<Option<i32>, MonitorError> {
+    fn run(&mut self) -> Result<(), MonitorError> {
         loop {
             self.wait()?;
             self.handle_signals()?;
             self.handle_requests();
-            self.handle_time()?;
-            if self.stopping.is_some() && self.workers.is_empty() && self.jobs.is_empty() {
-                info!("stopped");
-                return Ok(self.status);
+            self.reload_if_wanted();
+            if self.handle_time().is_break() {
+                return Ok(());
             }
         }
     }
@@ -204,7 +238,7 @@ impl Monitor {
     /// Sleeps until a signal, a packet, room for a packet, or a point in time.
     fn wait(&self) -> Result<(), MonitorError> {
         let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-        for worker in &self.workers {
+        for worker in self.workers.iter().filter(|worker| !worker.killed) {
             let mut events = PollFlags::POLLIN;
             events.set(PollFlags::POLLOUT, !worker.outgoing.is_empty());
             fds.push(PollFd::new(worker.channel.as_fd(), events));
@@ -222,14 +256,18 @@ impl Monitor {
 
     fn next_deadline(&self) -> Option<Instant> {
         let workers = self.workers.iter().filter_map(Worker::deadline);
-        workers.chain(self.jobs.next_deadline()).chain(self.restart.at).chain(self.stopping).min()
+        workers
+            .chain(self.jobs.next_deadline())
+            .chain(self.restart.at)
+            .chain(self.stopping.map(|stop| stop.at))
+            .min()
     }
 
     fn handle_signals(&mut self) -> Result<(), MonitorError> {
         while let Some(signal) = self.signals.read_signal().map_err(system("signalfd"))? {
             match Signal::try_from(signal.ssi_signo as i32) {
                 Ok(Signal::SIGCHLD) => self.reap()?,
-                Ok(Signal::SIGHUP) => self.reload(),
+                Ok(Signal::SIGHUP) => self.reload_wanted = true,
                 Ok(Signal::SIGTERM | Signal::SIGINT) => self.stop(),
                 _ => (),
             }
@@ -238,23 +276,16 @@ impl Monitor {
     }
 
     fn reap(&mut self) -> Result<(), MonitorError> {
-        loop {
-            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-            let status = match waitid(Id::All, flags) {
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
-                Err(Errno::EINTR) => continue,
-                other => other.map_err(system("waitid"))?,
-            };
-            if let Some(ended) = self.jobs.ended(status) {
+        while let Some((pid, end)) = sys::next_ended_child().map_err(system("waitid"))? {
+            if let Some(ended) = self.jobs.ended(pid, end) {
                 self.tell_end(&ended);
-            } else if let Some(at) = self.workers.iter().position(|w| Some(w.pid) == status.pid()) {
+            } else if let Some(at) = self.workers.iter().position(|w| w.pid == pid) {
                 let worker = self.workers.remove(at);
-                self.worker_ended(worker, status)?;
+                self.worker_ended(&worker, end)?;
             }
-            if let Some(pid) = status.pid() {
-                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
-            }
+            sys::reap(pid);
         }
+        Ok(())
     }
 
     fn tell_end(&mut self, ended: &Ended) {
@@ -265,29 +296,31 @@ impl Monitor {
         }
     }
 
-    fn worker_ended(&mut self, worker: Worker, status: WaitStatus) -> Result<(), MonitorError> {
+    fn worker_ended(&mut self, worker: &Worker, end: ChildEnd) -> Result<(), MonitorError> {
         self.jobs.end_of_worker(worker.id);
         if self.runs_once {
-            self.stopping = Some(Instant::now() + DRAIN_MARGIN);
-            if let WaitStatus::Exited(_, status) = status {
+            if let ChildEnd::Exited(status) = end {
                 self.status = Some(status);
             }
+            self.stop();
             return Ok(());
         }
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
             Role::Candidate => {
-                error!(pid = %worker.pid, ?status, "new worker failed; the configuration stays as it was")
+                error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was")
             }
             Role::Serving if self.stopping.is_some() => (),
-            Role::Serving if !self.served => return Err(MonitorError::Worker),
+            Role::Serving if !self.served => {
+                let misconfigured = end == ChildEnd::Exited(worker::MISCONFIGURED);
+                return Err(MonitorError::Worker { misconfigured });
+            }
             Role::Serving => {
                 if worker.started.elapsed() >= HEALTHY_AFTER {
                     self.restart.pause = BACKOFF.0;
                 }
-                error!(pid = %worker.pid, ?status, pause = ?self.restart.pause, "worker died; starting another");
-                self.restart.at = Some(Instant::now() + self.restart.pause);
-                self.restart.pause = (self.restart.pause * 2).min(BACKOFF.1);
+                error!(pid = %worker.pid, ?end, pause = ?self.restart.pause, "worker died; starting another");
+                self.restart.later();
             }
         }
         Ok(())
@@ -295,11 +328,11 @@ impl Monitor {
 
     fn handle_requests(&mut self) {
         let mut became_ready = None;
-        for worker in &mut self.workers {
+        for worker in self.workers.iter_mut().filter(|worker| !worker.killed) {
             worker.flush();
             if let Err(reason) = worker.handle_packets(&mut self.buffer, &mut self.jobs, &mut became_ready) {
                 error!(pid = %worker.pid, reason = %reason, "worker breaks the protocol; ending it");
-                let _ = kill(worker.pid, Signal::SIGKILL);
+                worker.kill();
             }
         }
         if let Some(id) = became_ready {
@@ -308,7 +341,7 @@ impl Monitor {
     }
 
     fn worker_ready(&mut self, id: WorkerId) {
-        let Some(at) = self.workers.iter().position(|worker| worker.id == id) else {
+        let Some(at) = self.workers.iter().position(|worker| worker.id == id && !worker.killed) else {
             return;
         };
         self.served = true;
@@ -345,64 +378,76 @@ impl Monitor {
         }
     }
 
-    fn handle_time(&mut self) -> Result<(), MonitorError> {
+    /// Breaks when it is time to leave.
+    fn handle_time(&mut self) -> ControlFlow<()> {
         let now = Instant::now();
         self.jobs.enforce_deadlines(now);
-        for worker in self.workers.iter().filter(|worker| worker.deadline().is_some_and(|at| at <= now)) {
+        for worker in self.workers.iter_mut().filter(|w| w.deadline().is_some_and(|at| at <= now)) {
             warn!(pid = %worker.pid, role = ?worker.role, "worker takes too long; ending it");
-            let _ = kill(worker.pid, Signal::SIGKILL);
+            worker.kill();
         }
-        if self.stopping.is_some_and(|at| at <= now) {
-            for worker in &self.workers {
-                let _ = kill(worker.pid, Signal::SIGKILL);
+        if let Some(stop) = self.stopping {
+            if self.workers.is_empty() && self.jobs.is_empty() {
+                info!("stopped");
+                return ControlFlow::Break(());
             }
-            self.stopping = Some(now + DRAIN_MARGIN);
-        }
-        if self.restart.at.is_some_and(|at| at <= now) && self.stopping.is_none() {
+            if stop.at <= now && stop.killed {
+                warn!("stopped; processes that do not end are left behind");
+                return ControlFlow::Break(());
+            }
+            if stop.at <= now {
+                self.workers.iter_mut().for_each(Worker::kill);
+                self.stopping = Some(Stop { at: now + DRAIN_MARGIN, killed: true });
+            }
+        } else if self.restart.at.is_some_and(|at| at <= now) {
             self.restart.at = None;
-            self.start_worker(Arc::clone(&self.settings), self.listeners.clone(), Role::Serving)?;
+            let (settings, listeners) = (Arc::clone(&self.settings), self.listeners.clone());
+            if let Err(error) = self.start_worker(settings, listeners, Role::Serving) {
+                error!(pause = ?self.restart.pause, "no worker can be started: {}", Chain(&error));
+                self.restart.later();
+            }
         }
-        Ok(())
+        ControlFlow::Continue(())
     }
 
     /// Starts a candidate with the new configuration; whatever is wrong leaves everything as it is.
-    fn reload(&mut self) {
-        if self.stopping.is_some() {
+    ///
+    /// One at a time: a candidate may have accepted connections by the time that another SIGHUP comes, so that it
+    /// can't be ended for a newer configuration. That one is read when the candidate serves.
+    fn reload_if_wanted(&mut self) {
+        let under_way = self.workers.iter().any(|worker| worker.role == Role::Candidate);
+        if !self.reload_wanted || under_way || self.stopping.is_some() {
             return;
         }
+        self.reload_wanted = false;
         let outcome =
             Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
                 let listeners = Listeners::bind(&config.server, &self.listeners)?;
-                for old in self.workers.iter().filter(|worker| worker.role == Role::Candidate) {
-                    // A newer configuration than the one it was started with: it must not win the race.
-                    let _ = kill(old.pid, Signal::SIGKILL);
-                }
                 self.start_worker(Arc::new(config), listeners, Role::Candidate)
             });
         match outcome {
             Ok(()) => info!("reloading: new worker started"),
             Err(error) => {
-                error!(error = %crate::logging::Chain(&error), "configuration not reloaded; it stays as it was");
+                error!(error = %Chain(&error), "configuration not reloaded; it stays as it was");
             }
         }
     }
 
     fn stop(&mut self) {
         let now = Instant::now();
-        if self.stopping.is_some() {
+        if let Some(stop) = &mut self.stopping {
             info!("stopping at once");
-            self.stopping = Some(now);
+            if !stop.killed {
+                stop.at = now;
+            }
             return;
         }
         info!("stopping");
-        self.stopping = Some(now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN);
+        let at = now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN;
+        self.stopping = Some(Stop { at, killed: false });
         self.restart.at = None;
-        // Closed here too, or the kernel would go on to accept for nobody.
         self.listeners = Listeners::default();
-        for worker in &mut self.workers {
-            worker.listeners = Listeners::default();
-            worker.drain(false);
-        }
+        self.workers.iter_mut().for_each(|worker| worker.drain(false));
     }
 
     fn start_worker(
@@ -418,8 +463,8 @@ impl Monitor {
         let raw = |listeners: &[Rc<Listener>]| listeners.iter().map(|l| l.descriptor.as_raw_fd()).collect();
         let (milter, policy): (Vec<RawFd>, Vec<RawFd>) = (raw(&listeners.milter), raw(&listeners.policy));
         let pid = sys::fork(|| {
-            self.forget_all_but(&listeners);
-            (self.body)(Inherited {
+            self.forget_all_but(&listeners, &channel);
+            (self.run_worker)(Inherited {
                 settings: Arc::clone(&settings),
                 monitor,
                 // The owners of these are the parent's; in this process they are never dropped.
@@ -436,6 +481,7 @@ impl Monitor {
             channel,
             role,
             ready: false,
+            killed: false,
             started: Instant::now(),
             settings,
             listeners,
@@ -445,16 +491,25 @@ impl Monitor {
     }
 }
 
+impl Restart {
+    /// Each time later than the last, so that a crash loop does not take the machine.
+    fn later(&mut self) {
+        self.at = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(BACKOFF.1);
+    }
+}
+
 impl Monitor {
-    /// In a forked worker: closes what belongs to the monitor and to other workers.
-    fn forget_all_but(&self, listeners: &Listeners) {
+    /// In a forked worker: closes what belongs to the monitor, its end of the new channel among it, and to other
+    /// workers.
+    fn forget_all_but(&self, listeners: &Listeners, channel: &OwnedFd) {
         let kept: Vec<RawFd> = listeners.all().map(|l| l.descriptor.as_raw_fd()).collect();
         let others =
             self.workers.iter().flat_map(|worker| worker.listeners.all()).chain(self.listeners.all());
         let mut closed: Vec<RawFd> =
             others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
         closed.extend(self.workers.iter().map(|worker| worker.channel.as_raw_fd()));
-        closed.push(self.signals.as_fd().as_raw_fd());
+        closed.extend([channel.as_raw_fd(), self.signals.as_fd().as_raw_fd()]);
         closed.sort_unstable();
         closed.dedup();
         sys::close_in_child(&closed);
@@ -465,14 +520,24 @@ impl Worker {
     /// When the worker is killed if nothing changes.
     fn deadline(&self) -> Option<Instant> {
         match self.role {
+            _ if self.killed => None,
             Role::Draining(at) => Some(at),
             _ if !self.ready => Some(self.started + READY_TIME_LIMIT),
             _ => None,
         }
     }
 
+    fn kill(&mut self) {
+        self.killed = true;
+        self.outgoing.clear();
+        // Not reaped yet, or it would not be in the list: the pid is its own.
+        let _ = kill(self.pid, Signal::SIGKILL);
+    }
+
     fn drain(&mut self, connections: bool) {
         self.role = Role::Draining(Instant::now() + self.settings.server.drain_timeout.0 + DRAIN_MARGIN);
+        // It accepts no more. What nobody else wants is closed, or the kernel would go on to accept for nobody.
+        self.listeners = Listeners::default();
         self.send(&Event::Drain { connections });
     }
 
@@ -500,7 +565,7 @@ impl Worker {
         jobs: &mut Jobs,
         became_ready: &mut Option<WorkerId>,
     ) -> Result<(), Box<dyn std::error::Error>> {
-        loop {
+        for _ in 0..MAX_PACKETS_AT_ONCE {
             let received = match sys::receive_with_descriptors(&self.channel, buffer) {
                 Ok(received) => received,
                 Err(Errno::EAGAIN | Errno::ECONNRESET) => return Ok(()),
@@ -512,12 +577,14 @@ impl Worker {
             }
             if received.length == 0 {
                 // An honest worker keeps its end open until it is gone.
-                let _ = kill(self.pid, Signal::SIGKILL);
+                self.kill();
                 return Ok(());
             }
             let request: Request = decode(&buffer[..received.length])?;
             if let Request::Ready = request {
-                self.ready = true;
+                if std::mem::replace(&mut self.ready, true) {
+                    return Err("ready for the second time".into());
+                }
                 *became_ready = Some(self.id);
             } else if let Some(failed) =
                 jobs.start(self.id, &request, &received.descriptors, &self.settings.filter)?
@@ -525,6 +592,10 @@ impl Worker {
                 let event = Event::Finished { job: failed.id, end: failed.end, elapsed: 0 };
                 self.send(&event);
             }
+            if self.outgoing.len() > MAX_UNREAD + Jobs::limit(&self.settings.filter) {
+                return Err("events are not read".into());
+            }
         }
+        Ok(())
     }
 }

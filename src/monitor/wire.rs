@@ -214,6 +214,9 @@ pub struct Inspection {
 impl Inspection {
     /// The filter that would run for an extension, if any.
     pub fn filter(&self, phase: Phase, extension: Option<&str>) -> Option<&FilterFile> {
+        if self.filters.is_empty() {
+            return None;
+        }
         let candidates = phase.candidates(extension);
         let own = candidates.iter().find_map(|name| self.filters.iter().find(|file| &file.name == name));
         own.or(match phase {

@@ -5,11 +5,17 @@
 //! all the way.
 
 pub mod aliases;
+pub mod ldap;
 mod passwd;
 pub mod passwd_file;
 pub mod source;
 
-use std::sync::Arc;
+use std::{
+    collections::{HashSet, VecDeque},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{
     address::Address,
@@ -18,6 +24,7 @@ use crate::{
     user::{Account, User, UserName},
 };
 use aliases::{Aliases, Leaf};
+use ldap::{LdapAnswer, LdapResolver};
 use passwd::Passwd;
 use passwd_file::PasswdFile;
 
@@ -78,15 +85,53 @@ pub struct Chain {
 #[derive(Debug)]
 enum Resolver {
     Passwd(Passwd),
-    PasswdFile(PasswdFile),
+    PasswdFile(PathBuf, PasswdFile),
+    Ldap(String, Box<LdapResolver>),
 }
 
 /// What one resolver says of one name.
 enum Lookup {
     User(User, Option<Arc<Rules>>),
     Unjudged(String),
+    Forward(Vec<Address>),
     NotFound,
 }
+
+/// What one address leads to.
+enum Found {
+    Resolution(Resolution),
+    Forward(Vec<Address>),
+}
+
+/// One step of a resolution, for people who want to see how it comes about.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// An alias stands for other addresses.
+    Alias {
+        /// The address.
+        address: Address,
+        /// `path:line`
+        origin: String,
+        /// What it stands for.
+        targets: Vec<String>,
+    },
+    /// An address that is not ours, or a command or file, whom nobody can ask.
+    Unjudged(String),
+    /// A resolver was asked.
+    Asked {
+        /// Which one.
+        resolver: String,
+        /// About which name.
+        name: String,
+        /// What it said, and from where.
+        said: String,
+        /// How long that took.
+        elapsed: Duration,
+    },
+}
+
+/// Most addresses that directory entries may lead to, and loops among them.
+const MAX_FORWARDS: usize = 1000;
 
 impl Chain {
     /// Opens the resolvers of a configuration.
@@ -95,7 +140,13 @@ impl Chain {
             .iter()
             .map(|config| match config {
                 ResolverConfig::Passwd { min_uid } => Resolver::Passwd(Passwd::new(*min_uid)),
-                ResolverConfig::PasswdFile { path } => Resolver::PasswdFile(PasswdFile::open(path)),
+                ResolverConfig::PasswdFile { path } => {
+                    Resolver::PasswdFile(path.clone(), PasswdFile::open(path))
+                }
+                ResolverConfig::Ldap(config) => {
+                    let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
+                    Resolver::Ldap(servers.join(" "), Box::new(LdapResolver::new((**config).clone())))
+                }
             })
             .collect();
         Self {
@@ -110,7 +161,7 @@ impl Chain {
     pub fn refresh(&self) {
         self.aliases.refresh();
         for resolver in &self.resolvers {
-            if let Resolver::PasswdFile(file) = resolver {
+            if let Resolver::PasswdFile(_, file) = resolver {
                 file.refresh();
             }
         }
@@ -122,32 +173,60 @@ impl Chain {
     ///
     /// [`Unavailable`] if a source that might know the address could not be asked.
     pub async fn resolve(&self, address: &Address, is_local: bool) -> Result<Resolution, Unavailable> {
+        self.resolve_with(address, is_local, &mut |_| ()).await
+    }
+
+    /// As [`Chain::resolve`], and tells every step.
+    ///
+    /// # Errors
+    ///
+    /// As [`Chain::resolve`].
+    pub async fn resolve_with(
+        &self,
+        address: &Address,
+        is_local: bool,
+        tell: &mut (dyn FnMut(Step) + Send),
+    ) -> Result<Resolution, Unavailable> {
         let is_ours = |other: &Address| (is_local && other == address) || self.is_our_domain(other);
-        let expansion = self.aliases.expand(address, is_ours, &self.delimiters);
-        let is_alias = !expansion.steps.is_empty();
         let mut all = Resolution::default();
-        for leaf in expansion.leaves {
-            let one = match leaf {
-                Leaf::Address(leaf) if is_ours(&leaf) => self.look_up(&leaf).await?,
-                Leaf::Address(leaf) => Resolution::unjudged(format!("{leaf} is not ours")),
-                Leaf::Unjudged(why) => Resolution::unjudged(why),
-                Leaf::Unavailable(reason) => {
-                    return Err(Unavailable { resolver: "aliases".into(), reason, on_error: None });
-                }
-            };
-            // A target that nobody has is the alias owner's mistake, and no reason to refuse the others' mail.
-            let one = if is_alias && one.is_nobody() {
-                Resolution::unjudged("alias target is unknown")
-            } else {
-                one
-            };
-            for user in one.users {
-                if !all.users.iter().any(|known| known.user == user.user && known.extension == user.extension)
-                {
-                    all.users.push(user);
+        let mut seen = HashSet::from([address.key()]);
+        let mut queue = VecDeque::from([address.clone()]);
+        while let Some(next) = queue.pop_front() {
+            let expansion = self.aliases.expand(&next, is_ours, &self.delimiters);
+            // A target that nobody has is its owner's mistake, and no reason to refuse the others' mail.
+            let is_target = !expansion.steps.is_empty() || next != *address;
+            for step in expansion.steps {
+                let targets = step.targets.iter().map(ToString::to_string).collect();
+                tell(Step::Alias { address: step.address, origin: step.origin, targets });
+            }
+            for leaf in expansion.leaves {
+                let found = match leaf {
+                    Leaf::Address(leaf) if is_ours(&leaf) => self.look_up(&leaf, tell).await?,
+                    Leaf::Address(leaf) => {
+                        Found::Resolution(Resolution::unjudged(format!("{leaf} is not ours")))
+                    }
+                    Leaf::Unjudged(why) => Found::Resolution(Resolution::unjudged(why)),
+                    Leaf::Unavailable(reason) => {
+                        return Err(Unavailable { resolver: "aliases".into(), reason, on_error: None });
+                    }
+                };
+                match found {
+                    Found::Resolution(one) if is_target && one.is_nobody() => {
+                        all.add(Resolution::unjudged("alias target is unknown"), tell);
+                    }
+                    Found::Resolution(one) => all.add(one, tell),
+                    Found::Forward(targets) => {
+                        if seen.len() + targets.len() > MAX_FORWARDS {
+                            all.add(Resolution::unjudged("too many forward addresses"), tell);
+                        } else {
+                            queue.extend(targets.into_iter().filter(|target| seen.insert(target.key())));
+                        }
+                    }
                 }
             }
-            all.unjudged = all.unjudged.or(one.unjudged);
+        }
+        if all.is_nobody() && seen.len() > 1 {
+            all.add(Resolution::unjudged("forward addresses lead in a circle"), tell);
         }
         Ok(all)
     }
@@ -157,59 +236,126 @@ impl Chain {
         address.domain().is_none_or(|domain| self.domains.iter().any(|ours| ours == domain))
     }
 
-    async fn look_up(&self, address: &Address) -> Result<Resolution, Unavailable> {
+    async fn look_up(
+        &self,
+        address: &Address,
+        tell: &mut (dyn FnMut(Step) + Send),
+    ) -> Result<Found, Unavailable> {
         let (base, extension) = address.split_extension(&self.delimiters);
         let whole = (address.local(), None);
         let candidates = std::iter::once(whole).chain(extension.map(|extension| (base, Some(extension))));
         for (local, extension) in candidates {
+            let name = address.with_local(local.to_lowercase());
             for resolver in &self.resolvers {
-                match resolver.lookup(&local.to_lowercase(), address.domain()).await? {
+                let started = Instant::now();
+                let answer = resolver.lookup(&name).await;
+                let (said, elapsed) = (Lookup::shown(&answer), started.elapsed());
+                tell(Step::Asked { resolver: resolver.label(), name: name.to_string(), said, elapsed });
+                match answer?.0 {
                     Lookup::NotFound => (),
-                    Lookup::Unjudged(why) => return Ok(Resolution::unjudged(why)),
+                    Lookup::Forward(targets) => return Ok(Found::Forward(targets)),
+                    Lookup::Unjudged(why) => return Ok(Found::Resolution(Resolution::unjudged(why))),
                     Lookup::User(user, directory_rules) => {
                         let extension = extension.map(str::to_lowercase);
                         let user =
                             ResolvedUser { user, address: address.clone(), extension, directory_rules };
-                        return Ok(Resolution { users: vec![user], unjudged: None });
+                        return Ok(Found::Resolution(Resolution { users: vec![user], unjudged: None }));
                     }
                 }
             }
         }
-        Ok(Resolution::default())
+        Ok(Found::Resolution(Resolution::default()))
+    }
+}
+
+impl Resolution {
+    fn add(&mut self, other: Self, tell: &mut (dyn FnMut(Step) + Send)) {
+        for user in other.users {
+            let same = |known: &ResolvedUser| known.user == user.user && known.extension == user.extension;
+            if !self.users.iter().any(same) {
+                self.users.push(user);
+            }
+        }
+        if let Some(why) = other.unjudged {
+            tell(Step::Unjudged(why.clone()));
+            self.unjudged.get_or_insert(why);
+        }
+    }
+}
+
+impl Lookup {
+    fn shown(answer: &Result<(Self, &'static str), Unavailable>) -> String {
+        match answer {
+            Ok((Self::User(user, _), source)) => format!("user {}{source}", user.name),
+            Ok((Self::Unjudged(why), source)) => format!("{why}{source}"),
+            Ok((Self::Forward(targets), source)) => {
+                let targets: Vec<_> = targets.iter().map(ToString::to_string).collect();
+                format!("forward to {}{source}", targets.join(", "))
+            }
+            Ok((Self::NotFound, source)) => format!("not found{source}"),
+            Err(unavailable) => format!("could not be asked: {}", unavailable.reason),
+        }
     }
 }
 
 impl Resolver {
-    async fn lookup(&self, local: &str, domain: Option<&str>) -> Result<Lookup, Unavailable> {
-        let unavailable = |resolver: &str, reason: String| {
-            Err(Unavailable { resolver: resolver.into(), reason, on_error: None })
-        };
+    /// The name for messages.
+    fn label(&self) -> String {
+        match self {
+            Self::Passwd(_) => "passwd".into(),
+            Self::PasswdFile(path, _) => format!("passwd-file {}", path.display()),
+            Self::Ldap(servers, _) => format!("ldap {servers}"),
+        }
+    }
+
+    /// The answer, and a note about where it comes from.
+    async fn lookup(&self, name: &Address) -> Result<(Lookup, &'static str), Unavailable> {
+        let unavailable =
+            |reason: String| Err(Unavailable { resolver: self.label(), reason, on_error: None });
         match self {
             Self::Passwd(passwd) => {
-                let Ok(name) = UserName::try_from(local.to_owned()) else {
-                    return Ok(Lookup::NotFound);
+                let Ok(user) = UserName::try_from(name.local().to_owned()) else {
+                    return Ok((Lookup::NotFound, ""));
                 };
-                match passwd.lookup(local).await {
+                let answer = match passwd.lookup(name.local()).await {
                     Ok(passwd::Answer::Found) => {
-                        Ok(Lookup::User(User { name, account: Account::Passwd, program: None }, None))
+                        Lookup::User(User { name: user, account: Account::Passwd, program: None }, None)
                     }
-                    Ok(passwd::Answer::System) => {
-                        Ok(Lookup::Unjudged(format!("{local} is a system account")))
-                    }
-                    Ok(passwd::Answer::NotFound) => Ok(Lookup::NotFound),
-                    Err(error) => unavailable("passwd", error.to_string()),
-                }
+                    Ok(passwd::Answer::System) => Lookup::Unjudged(format!("{user} is a system account")),
+                    Ok(passwd::Answer::NotFound) => Lookup::NotFound,
+                    Err(error) => return unavailable(error.to_string()),
+                };
+                Ok((answer, ""))
             }
-            Self::PasswdFile(file) => match file.lookup(local, domain) {
+            Self::PasswdFile(_, file) => match file.lookup(name.local(), name.domain()) {
                 passwd_file::Answer::Found(entry) => match UserName::try_from(entry.name) {
                     Ok(name) => {
                         let account = Account::Virtual { uid: entry.uid, gid: entry.gid, home: entry.home };
-                        Ok(Lookup::User(User { name, account, program: None }, None))
+                        Ok((Lookup::User(User { name, account, program: None }, None), ""))
                     }
-                    Err(why) => unavailable("passwd-file", why),
+                    Err(why) => unavailable(why),
                 },
-                passwd_file::Answer::NotFound => Ok(Lookup::NotFound),
-                passwd_file::Answer::Unavailable(reason) => unavailable("passwd-file", reason),
+                passwd_file::Answer::NotFound => Ok((Lookup::NotFound, "")),
+                passwd_file::Answer::Unavailable(reason) => unavailable(reason),
+            },
+            Self::Ldap(_, ldap) => match ldap.lookup_with_source(name).await {
+                Ok((answer, source)) => {
+                    let lookup = match &*answer {
+                        LdapAnswer::Found(found) => Lookup::User(found.user.clone(), found.rules.clone()),
+                        LdapAnswer::Forward(targets) => Lookup::Forward(targets.clone()),
+                        LdapAnswer::NotFound => Lookup::NotFound,
+                    };
+                    let source = match source {
+                        ldap::Source::Server => "",
+                        ldap::Source::Cache => " (from cache)",
+                        ldap::Source::Stale => " (stale: no server answers)",
+                    };
+                    Ok((lookup, source))
+                }
+                Err(error) => {
+                    let on_error = Some(ldap.on_error());
+                    Err(Unavailable { resolver: self.label(), reason: error.reason, on_error })
+                }
             },
         }
     }

@@ -304,38 +304,63 @@ impl Capture {
     /// Waits for something and takes it. Cancel safe: what is taken is kept.
     async fn fill(&mut self) {
         match self.pipe.readable().await {
-            Ok(()) => drop(self.take()),
+            Ok(()) => self.take(),
             Err(_) => self.is_open = false,
         }
     }
 
     /// Takes what a writer that has ended left in the pipe. A pipe holds at most 1 MiB (pipe(7)), so that somebody
     /// who goes on writing can't hold this up.
+    ///
+    /// The pipe itself is asked, not the runtime, which may not have heard yet that there is something.
     fn fill_now(&mut self) {
+        let mut chunk = [0; 8192];
         let mut taken = 0;
-        while let Some(n) = self.take() {
-            taken += n;
-            if n == 0 || taken > 1 << 20 {
-                break;
+        while taken <= 1 << 20 {
+            match nix::unistd::read(&self.pipe, &mut chunk) {
+                Ok(0) => break,
+                Ok(n) => {
+                    self.keep(&chunk[..n]);
+                    taken += n;
+                }
+                Err(Errno::EINTR) => (),
+                // EAGAIN: somebody else holds the other end open, and has nothing to say now.
+                Err(_) => break,
             }
         }
     }
 
-    /// The number of bytes that were there; `None` if there is nothing now.
-    fn take(&mut self) -> Option<usize> {
+    fn take(&mut self) {
         let mut chunk = [0; 8192];
         match self.pipe.try_read(&mut chunk) {
             Ok(n) => {
                 self.is_open = n > 0;
-                let room = self.limit.saturating_sub(self.bytes.len()).min(n);
-                self.bytes.extend_from_slice(&chunk[..room]);
-                Some(n)
+                self.keep(&chunk[..n]);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            Err(_) => {
-                self.is_open = false;
-                None
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
+            Err(_) => self.is_open = false,
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        let room = self.limit.saturating_sub(self.bytes.len()).min(bytes.len());
+        self.bytes.extend_from_slice(&bytes[..room]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[tokio::test]
+    async fn what_an_ended_writer_left_is_there_at_once() {
+        for _ in 0..100 {
+            let (read, write) = report_pipe().unwrap();
+            std::fs::File::from(write).write_all(b"report").unwrap();
+            let mut capture = Capture::new(read, 4).unwrap();
+            capture.fill_now();
+            assert_eq!(capture.bytes, b"repo");
         }
     }
 }

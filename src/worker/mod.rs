@@ -41,6 +41,9 @@ pub struct Inherited {
     pub policy: Vec<OwnedFd>,
 }
 
+/// Exit status of a worker whose configuration can't be used: EX_CONFIG of sysexits.h.
+pub const MISCONFIGURED: i32 = 78;
+
 /// Why a worker can't serve.
 #[derive(Debug, thiserror::Error)]
 enum WorkerError {
@@ -80,6 +83,8 @@ where
 }
 
 fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<i32, WorkerError>) -> i32 {
+    // Open until the process is gone: the monitor kills a worker that closes its channel, and why would be lost.
+    std::mem::forget(inherited.channel.try_clone());
     let outcome = prepare_process(&inherited).and_then(|()| {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
@@ -89,7 +94,10 @@ fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<
         Ok(status) => status,
         Err(error) => {
             error!("worker: {}", Chain(&error));
-            1
+            match error {
+                WorkerError::NoUser(_) | WorkerError::RootUser(_) => MISCONFIGURED,
+                _ => 1,
+            }
         }
     }
 }
@@ -149,23 +157,26 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     let milter_connections = TaskTracker::new();
     let policy_connections = TaskTracker::new();
     let limit = settings.server.max_connections;
+    let listeners =
+        |sockets: Vec<OwnedFd>| sockets.into_iter().map(Listener::new).collect::<Result<Vec<_>, _>>();
+    let milter_listeners = listeners(inherited.milter).map_err(system("milter socket"))?;
+    let policy_listeners = listeners(inherited.policy).map_err(system("policy socket"))?;
+    // Nothing can fail from here on: no connection is accepted that would be lost with a worker that is not wanted.
+    monitor.ready().await.map_err(system("telling the monitor"))?;
     let mut acceptors = Vec::new();
-    for socket in inherited.milter {
-        let listener = Listener::new(socket).map_err(system("milter socket"))?;
+    for listener in milter_listeners {
         let (service, tracker) = (milter.clone(), milter_connections.clone());
         acceptors.push(tokio::spawn(accept_loop(listener, "milter", limit, tracker, move |stream| {
             service.clone().serve(stream)
         })));
     }
-    for socket in inherited.policy {
-        let listener = Listener::new(socket).map_err(system("policy socket"))?;
+    for listener in policy_listeners {
         let (service, tracker, drain) = (Arc::clone(&policy), policy_connections.clone(), drain.clone());
         acceptors.push(tokio::spawn(accept_loop(listener, "policy", limit, tracker, move |stream| {
             policy::serve(Arc::clone(&service), stream, drain.clone())
         })));
     }
     tokio::spawn(refresh(Arc::clone(&pipeline)));
-    monitor.ready().await.map_err(system("telling the monitor"))?;
 
     let mode = wait_for_drain(drain.clone()).await;
     // Dropping the listeners leaves new connections to the next worker, or refuses them.
@@ -193,8 +204,6 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     }
     milter.close().await;
     let _ = timeout(Duration::from_secs(1), milter_connections.wait()).await;
-    // The socket stays open to the last, so that the monitor sees an orderly exit.
-    std::mem::forget(monitor);
     Ok(())
 }
 

@@ -132,6 +132,13 @@ impl Usermilter {
         }
     }
 
+    /// The exit status of a daemon that was told to end; panics if it does not.
+    #[track_caller]
+    pub fn terminate_without_signal(&mut self) -> ExitStatus {
+        wait_until(TERMINATION, || self.server.status().is_some());
+        self.server.status().unwrap_or_else(|| panic!("usermilter did not end in {TERMINATION:?}"))
+    }
+
     /// The exit status, if it has ended.
     pub fn status(&mut self) -> Option<ExitStatus> {
         self.server.status()

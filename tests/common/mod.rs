@@ -27,6 +27,7 @@ pub mod policy;
 pub mod postfix;
 pub mod process;
 pub mod sandbox;
+pub mod site;
 pub mod smtp;
 pub mod stream;
 pub mod users;
@@ -34,6 +35,7 @@ pub mod users;
 pub use daemon::Usermilter;
 pub use postfix::Postfix;
 pub use sandbox::Sandbox;
+pub use site::Site;
 pub use users::{SystemUser, VirtualUsers};
 
 use std::net::{Ipv4Addr, TcpListener};

@@ -51,6 +51,10 @@ pub struct Step {
 /// virtual(5)): to Postfix that ends virtual(5) for it, and aliases(5) may still say more. Members of a loop
 /// that lead nowhere else are nobody; an address that leads into nothing but a loop can't be judged.
 pub fn expand(start: &Address, lookup: impl Fn(&Address, Stage) -> Lookup) -> Expansion {
+    // Most addresses are nobody's alias: for them all the book-keeping would cost more than the look-ups.
+    if [Stage::Virtual, Stage::Local].into_iter().all(|stage| lookup(start, stage) == Lookup::NotFound) {
+        return Expansion { leaves: vec![Leaf::Address(start.clone())], steps: Vec::new() };
+    }
     let mut walk = Walk::default();
     walk.visit(start.clone(), Stage::Virtual, 0);
     // Breadth first, so that MAX_DEPTH means the shortest way to an address, not the one tried first.

@@ -8,6 +8,7 @@ mod parse;
 mod targets;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -34,6 +35,15 @@ pub enum Target {
     /// Nobody who can be asked: a command, a file, an `:include:` that was refused, a target that can't be
     /// read. The text says which.
     Unjudged(String),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Unjudged(why) => f.write_str(why),
+        }
+    }
 }
 
 /// The two steps of Postfix: cleanup(8) applies virtual(5) to every address until nothing changes, local(8)
@@ -209,6 +219,9 @@ impl Files {
 
 impl Snapshot {
     fn lookup_virtual(&self, address: &Address, is_ours: bool, delimiters: &str) -> Lookup {
+        if self.virtuals.is_empty() {
+            return Lookup::NotFound;
+        }
         let extended = split(address, delimiters);
         let spellings = || {
             let shorter = extended.iter().map(|(user, extension)| (user, *extension));
@@ -245,6 +258,9 @@ impl Snapshot {
     }
 
     fn lookup_local(&self, address: &Address, delimiters: &str) -> Lookup {
+        if self.aliases.is_empty() {
+            return Lookup::NotFound;
+        }
         let extended = split(address, delimiters);
         let shorter = extended.iter().map(|(user, _)| user);
         for spelling in std::iter::once(address).chain(shorter) {

@@ -1,0 +1,166 @@
+//! `make bench`: every figure of docs/performance.md, each as a ratio to a floor that is measured in the same run.
+//!
+//! ```text
+//!   main ── starts ──▶ usermilter serve          A │ measured in turn, A B A B …, with the same number of
+//!    │  └── starts ──▶ a floor (floors, spawn)   B │ clients for the same time
+//!    └── load: one thread per client, which speaks as Postfix does (policy, milter)
+//! ```
+//!
+//! A floor does as little as can be done: it answers without reading, or runs a program and does nothing else. The
+//! wall-clock figures depend on the machine and on who else uses it; the ratios depend on it much less. Nothing is
+//! judged here: the exit status is 0 whatever the figures, and those below their bar are marked.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark that can't go on ends")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod filter;
+mod floors;
+mod load;
+mod memory;
+mod milter;
+mod policy;
+mod report;
+mod site;
+mod spawn;
+
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+use report::{Outcome, Row};
+use site::Site;
+
+/// Measures usermilter against floors.
+#[derive(Parser)]
+struct Arguments {
+    /// The figures to measure, by a part of their name; all by default.
+    figures: Vec<String>,
+    /// How many times each side is measured.
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// How long each side is measured, in seconds.
+    #[arg(long, default_value_t = 1.5)]
+    seconds: f64,
+    /// Show the names of the figures and end.
+    #[arg(long)]
+    list: bool,
+    /// What cargo passes.
+    #[arg(long, hide = true)]
+    bench: bool,
+    #[command(subcommand)]
+    helper: Option<Helper>,
+}
+
+/// The floors, which run in processes of their own.
+#[derive(Subcommand)]
+enum Helper {
+    #[command(hide = true)]
+    Floor {
+        #[command(subcommand)]
+        floor: floors::Floor,
+    },
+}
+
+/// How to measure.
+#[derive(Clone, Copy)]
+struct Plan {
+    rounds: usize,
+    duration: Duration,
+}
+
+/// One line of the table.
+struct Figure {
+    name: &'static str,
+    /// What is counted.
+    what: &'static str,
+    /// What it is compared with.
+    floor: &'static str,
+    /// The ratio to reach.
+    bar: f64,
+    measure: fn(&Site, Plan) -> Outcome,
+}
+
+const FIGURES: &[Figure] = &[
+    Figure {
+        name: "policy",
+        what: "policy requests/s, user without rules, 8 connections",
+        floor: "echo server that parses nothing",
+        bar: 0.85,
+        measure: policy::plain,
+    },
+    Figure {
+        name: "policy-rules",
+        what: "policy requests/s, 50 rules and 100,000 senders",
+        floor: "echo server that parses nothing",
+        bar: 0.7,
+        measure: policy::ruled,
+    },
+    Figure {
+        name: "policy-postfwd",
+        what: "policy requests/s, user without rules, 8 connections",
+        floor: "postfwd1 with one rule",
+        bar: 10.0,
+        measure: policy::postfwd,
+    },
+    Figure {
+        name: "milter",
+        what: "messages/s of 4 KiB, no filter, 4 connections",
+        floor: "indymilter with NOREPLY that collects nothing",
+        bar: 1.0,
+        measure: milter::no_filter,
+    },
+    Figure {
+        name: "filter",
+        what: "messages/s of 4 KiB, one filter (true), 4 connections",
+        floor: "fork, set ids, exec, wait; as many at a time as cores",
+        bar: 0.85,
+        measure: filter::one,
+    },
+    Figure {
+        name: "filter-ten",
+        what: "messages/s of 1 MiB, ten filters (cksum) read it all",
+        floor: "ten such runs reading the same file, 20 at a time",
+        bar: 0.85,
+        measure: filter::ten,
+    },
+];
+
+/// The name of the figure that is no ratio.
+const MEMORY: &str = "memory";
+
+fn main() {
+    let arguments = Arguments::parse();
+    if let Some(Helper::Floor { floor }) = arguments.helper {
+        floor.run();
+        return;
+    }
+    if arguments.list {
+        FIGURES.iter().map(|figure| figure.name).chain([MEMORY]).for_each(|name| println!("{name}"));
+        return;
+    }
+    let is_chosen = |name: &str| {
+        arguments.figures.is_empty() || arguments.figures.iter().any(|part| name.contains(part.as_str()))
+    };
+    let plan = Plan {
+        rounds: arguments.rounds.max(1),
+        duration: Duration::from_secs_f64(arguments.seconds.clamp(0.1, 10.0)),
+    };
+    report::machine();
+    let chosen: Vec<_> = FIGURES.iter().filter(|figure| is_chosen(figure.name)).collect();
+    if !chosen.is_empty() {
+        let site = Site::start();
+        let rows: Vec<_> = chosen
+            .into_iter()
+            .map(|figure| {
+                eprintln!("measuring {} …", figure.name);
+                Row { figure, outcome: (figure.measure)(&site, plan) }
+            })
+            .collect();
+        report::table(&rows, plan);
+    }
+    if is_chosen(MEMORY) {
+        memory::report();
+    }
+}

@@ -1,0 +1,52 @@
+//! Messages whose recipients have filters, against the same programs run with nothing around them.
+
+use std::path::Path;
+
+use crate::floors::Floor;
+use crate::milter::{self, End, Message};
+use crate::report::Outcome;
+use crate::site::{FILTERED, READERS, Site};
+use crate::{Plan, load};
+
+/// One filter that ends at once.
+pub(crate) fn one(site: &Site, plan: Plan) -> Outcome {
+    const CONNECTIONS: usize = 4;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let message = Message::new(&[FILTERED], 4096);
+    let pairs = load::in_turn(
+        plan,
+        || milter::rate(&site.milter, &message, CONNECTIONS, plan, End::Accepted),
+        || runs(site, plan, cores, FILTERED, "/dev/null".as_ref()),
+    );
+    site.expect_log("filtered=accept (message: exit 0,");
+    Outcome::Measured(pairs)
+}
+
+/// Ten filters that read all of a larger message.
+///
+/// All ten refuse (exit status 0 is made to mean that): were one to accept, the outcome would be known before the others
+/// have ended, and they would not be waited for.
+pub(crate) fn ten(_: &Site, plan: Plan) -> Outcome {
+    const CONNECTIONS: usize = 2;
+    const SIZE: usize = 1 << 20;
+    let site = Site::start_with("exit-status = { 0 = \"reject\" }");
+    let readers: Vec<String> = (0..READERS).map(|n| format!("reader{n}")).collect();
+    let readers: Vec<&str> = readers.iter().map(String::as_str).collect();
+    let message = Message::new(&readers, SIZE);
+    let file = site.sandbox.write("message", message.content());
+    let pairs = load::in_turn(
+        plan,
+        || milter::rate(&site.milter, &message, CONNECTIONS, plan, End::Refused),
+        // As many at a time as filters of both connections: on a busy machine more processes get more of it.
+        || runs(&site, plan, CONNECTIONS * readers.len(), readers[0], &file) / f64::from(READERS),
+    );
+    site.expect_log("reader9=reject (message: exit 0,");
+    Outcome::Measured(pairs)
+}
+
+/// Runs per second of a user's filter with nothing around it.
+fn runs(site: &Site, plan: Plan, at_a_time: usize, user: &str, input: &Path) -> f64 {
+    let account = site.users.account(user);
+    let ids = (account.uid, account.gid);
+    Floor::spawn(plan.duration, at_a_time, ids, &site.message_filter(user), input)
+}

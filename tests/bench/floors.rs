@@ -1,0 +1,178 @@
+//! What the daemon is compared with: servers that do as little as can be done, each in a process of its own.
+
+use std::ffi::CString;
+use std::net::{Ipv4Addr, TcpStream};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use clap::Subcommand;
+use indymilter::{Callbacks, ProtoOpts, Status};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+use crate::common::process::Server;
+use crate::common::{PATIENCE, free_port, wait_until};
+use crate::spawn::{self, Program};
+
+/// A floor, as arguments of this program.
+#[derive(Subcommand)]
+pub(crate) enum Floor {
+    /// Answers `action=DUNNO` to whatever ends in an empty line.
+    Echo { port: u16 },
+    /// A milter that is told everything, answers only what must be answered, and keeps nothing.
+    Milter { port: u16 },
+    /// Runs a program again and again, and prints how many times a second.
+    Spawn {
+        seconds: f64,
+        /// Processes at a time.
+        at_a_time: usize,
+        uid: u32,
+        gid: u32,
+        program: PathBuf,
+        /// Standard input, opened for each run.
+        input: PathBuf,
+    },
+}
+
+/// A floor that serves.
+pub(crate) struct Running {
+    pub(crate) address: String,
+    _server: Server,
+}
+
+impl Floor {
+    /// Starts the echo server.
+    pub(crate) fn echo() -> Running {
+        start("echo")
+    }
+
+    /// Starts the milter.
+    pub(crate) fn milter() -> Running {
+        start("milter")
+    }
+
+    /// Runs a program as often as can be, as a user, so many at a time; runs per second.
+    pub(crate) fn spawn(
+        duration: Duration,
+        at_a_time: usize,
+        (uid, gid): (u32, u32),
+        program: &Path,
+        input: &Path,
+    ) -> f64 {
+        let numbers =
+            [duration.as_secs_f64().to_string(), at_a_time.to_string(), uid.to_string(), gid.to_string()];
+        let output = this_program("spawn").args(numbers).arg(program).arg(input).output();
+        let output = output.expect("run a floor");
+        let text = String::from_utf8_lossy(&output.stdout);
+        text.trim().parse().unwrap_or_else(|_| {
+            panic!("no figure from the floor: {text} {}", String::from_utf8_lossy(&output.stderr))
+        })
+    }
+
+    /// In the floor's own process.
+    pub(crate) fn run(self) {
+        match self {
+            Self::Echo { port } => runtime().block_on(echo(port)),
+            Self::Milter { port } => runtime().block_on(milter(port)),
+            Self::Spawn { seconds, at_a_time, uid, gid, program, input } => {
+                let c_string = |path: PathBuf| CString::new(path.into_os_string().into_vec()).unwrap();
+                let program = Program { path: c_string(program), input: c_string(input), uid, gid };
+                println!("{}", spawn::per_second(&program, at_a_time, Duration::from_secs_f64(seconds)));
+            }
+        }
+    }
+}
+
+/// Waits until somebody listens on a port of 127.0.0.1, and gives the address.
+pub(crate) fn wait_for_listener(port: u16) -> String {
+    let is_open = || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
+    assert!(wait_until(PATIENCE, is_open), "nobody listens on port {port}");
+    format!("inet:127.0.0.1:{port}")
+}
+
+fn start(floor: &str) -> Running {
+    let port = free_port();
+    let mut command = this_program(floor);
+    command.arg(port.to_string()).stdin(Stdio::null()).stdout(Stdio::null());
+    let server = Server::start(&mut command);
+    Running { address: wait_for_listener(port), _server: server }
+}
+
+fn this_program(floor: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("path of this program"));
+    command.args(["floor", floor]);
+    command
+}
+
+/// The daemon's own kind of runtime.
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("tokio")
+}
+
+async fn echo(port: u16) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.expect("bind");
+    loop {
+        let (mut stream, _) = listener.accept().await.expect("accept");
+        stream.set_nodelay(true).expect("TCP_NODELAY");
+        tokio::spawn(async move {
+            let mut buffer = [0; 8192];
+            while let Ok(n @ 1..) = stream.read(&mut buffer).await {
+                if buffer[..n].ends_with(b"\n\n") && stream.write_all(b"action=DUNNO\n\n").await.is_err() {
+                    break;
+                }
+            }
+        });
+    }
+}
+
+async fn milter(port: u16) {
+    const QUIET: [ProtoOpts; 8] = [
+        ProtoOpts::NOREPLY_CONNECT,
+        ProtoOpts::NOREPLY_HELO,
+        ProtoOpts::NOREPLY_MAIL,
+        ProtoOpts::NOREPLY_DATA,
+        ProtoOpts::NOREPLY_HEADER,
+        ProtoOpts::NOREPLY_EOH,
+        ProtoOpts::NOREPLY_BODY,
+        ProtoOpts::NOREPLY_UNKNOWN,
+    ];
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.expect("bind");
+    let callbacks = Callbacks::<()>::new()
+        .on_negotiate(|cx, _, _| {
+            Box::pin(async {
+                cx.requested_opts |= QUIET.into_iter().collect::<ProtoOpts>();
+                Status::Continue
+            })
+        })
+        .on_connect(|_, _, _| Box::pin(async { Status::Noreply }))
+        .on_helo(|_, _: CString| Box::pin(async { Status::Noreply }))
+        .on_mail(|_, _| Box::pin(async { Status::Noreply }))
+        .on_rcpt(|_, _| Box::pin(async { Status::Continue }))
+        .on_data(|_| Box::pin(async { Status::Noreply }))
+        .on_header(|_, _, _| Box::pin(async { Status::Noreply }))
+        .on_eoh(|_| Box::pin(async { Status::Noreply }))
+        .on_body(|_, _| Box::pin(async { Status::Noreply }))
+        .on_eom(|_| Box::pin(async { Status::Continue }));
+    let never = std::future::pending::<()>();
+    indymilter::run(Nodelay(listener), callbacks, Default::default(), never).await.expect("milter");
+}
+
+/// Without it the kernel would wait to fill a segment, as it does not for the daemon.
+struct Nodelay(TcpListener);
+
+impl indymilter::Listener for Nodelay {
+    type Io = tokio::net::TcpStream;
+
+    fn poll_accept(
+        &mut self,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<tokio::net::TcpStream>> {
+        self.0.poll_accept(cx).map(|accepted| {
+            let (stream, _) = accepted?;
+            stream.set_nodelay(true)?;
+            Ok(stream)
+        })
+    }
+}

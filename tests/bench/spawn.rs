@@ -1,0 +1,58 @@
+//! The floor of every filter: fork, become the user, exec, wait, with nothing around it. The only unsafe code here.
+#![allow(unsafe_code)]
+
+use std::convert::Infallible;
+use std::ffi::{CStr, CString};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use nix::sys::wait::wait;
+use nix::unistd::{
+    ForkResult, Gid, Uid, dup2_stdin, dup2_stdout, execve, fork, geteuid, setgroups, setresgid, setresuid,
+};
+
+/// What is run, and as whom.
+pub(crate) struct Program {
+    pub(crate) path: CString,
+    /// Standard input.
+    pub(crate) input: CString,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// Runs it for a while, `at_a_time` at a time, from a process that must have one thread; runs per second.
+pub(crate) fn per_second(program: &Program, at_a_time: usize, duration: Duration) -> f64 {
+    let started = Instant::now();
+    let (mut running, mut ended) = (0, 0_u32);
+    while running > 0 || started.elapsed() < duration {
+        while running < at_a_time && started.elapsed() < duration {
+            // SAFETY: this process has one thread, so the child may do what the parent may.
+            match unsafe { fork() }.expect("fork") {
+                ForkResult::Parent { .. } => running += 1,
+                ForkResult::Child => {
+                    let Err(errno) = become_program(program);
+                    eprintln!("{}: {errno}", program.path.to_string_lossy());
+                    // SAFETY: _exit(2) has no preconditions.
+                    unsafe { nix::libc::_exit(1) };
+                }
+            }
+        }
+        let status = wait().expect("wait");
+        assert!(matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)), "{status:?}");
+        (running, ended) = (running - 1, ended + 1);
+    }
+    f64::from(ended) / started.elapsed().as_secs_f64()
+}
+
+fn become_program(program: &Program) -> nix::Result<Infallible> {
+    let (uid, gid) = (Uid::from_raw(program.uid), Gid::from_raw(program.gid));
+    if geteuid().is_root() {
+        setgroups(&[gid])?;
+        setresgid(gid, gid, gid)?;
+        setresuid(uid, uid, uid)?;
+    }
+    dup2_stdin(open(program.input.as_c_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)?;
+    dup2_stdout(open(c"/dev/null", OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?)?;
+    execve::<&CStr, &CStr>(&program.path, &[&program.path], &[c"PATH=/usr/bin:/bin"])
+}
