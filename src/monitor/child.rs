@@ -44,8 +44,9 @@ use crate::{
 const SHELL: &CStr = c"SHELL=/bin/sh";
 const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
-/// Exit status of a child that did not become a filter: EX_UNAVAILABLE. Nobody judges by it; the report does.
-const NOT_RUN: i32 = 69;
+/// Exit status of a child that did not become a filter: EX_SOFTWARE, which is no verdict. Nobody judges by it, the
+/// report does; were that lost, it must not cost anyone mail.
+const NOT_RUN: i32 = 70;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;
