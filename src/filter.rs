@@ -6,23 +6,18 @@
 
 use std::{
     collections::HashMap,
-    future::Future,
-    net::IpAddr,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
-use moka::future::Cache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    address::{Address, Sender},
     config,
     monitor::{End, Phase, Refusal, Variable},
     reply::Reply,
     spool::Message,
-    transaction::Envelope,
     user::{User, UserName},
     verdict::{Opinion, Verdict},
     worker::{Finished, Monitor, RunRequest},
@@ -89,71 +84,6 @@ pub struct Question<'a> {
     pub deadline: Instant,
     /// Whether the reply may go beyond ASCII.
     pub smtputf8: bool,
-}
-
-/// How long the answer of a `recipient` executable is good for the same question, so that it runs once when both
-/// interfaces ask.
-const RECIPIENT_ANSWER_TTL: Duration = Duration::from_secs(60);
-
-/// Answers remembered. Strangers choose what is asked, so there is a bound.
-const RECIPIENT_ANSWERS: u64 = 10_000;
-
-/// What makes two questions at RCPT TO the same.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct RecipientQuestion {
-    user: User,
-    filter: String,
-    client: (Option<IpAddr>, Option<String>),
-    helo: Option<String>,
-    sender: Sender,
-    /// In one spelling: Postfix tells a milter that a local recipient is `alice`, and a policy service `Alice`.
-    recipient: String,
-}
-
-impl RecipientQuestion {
-    /// The question about `recipient` (after aliases), put to one filter of one user.
-    pub fn new(user: &User, filter: &str, envelope: &Envelope, recipient: &Address) -> Self {
-        let client = &envelope.client;
-        Self {
-            user: user.clone(),
-            filter: filter.to_owned(),
-            client: (client.address, client.name.clone()),
-            helo: client.helo.clone(),
-            sender: envelope.sender.clone(),
-            recipient: recipient.key(),
-        }
-    }
-}
-
-/// What `recipient` executables have said in the last minute.
-#[derive(Debug)]
-pub struct RecipientAnswers(Cache<RecipientQuestion, Answer>);
-
-impl RecipientAnswers {
-    /// None yet.
-    #[allow(clippy::new_without_default)]
-    pub fn new() -> Self {
-        Self(Cache::builder().max_capacity(RECIPIENT_ANSWERS).time_to_live(RECIPIENT_ANSWER_TTL).build())
-    }
-
-    /// The remembered answer, or that of `ask`, which runs once for simultaneous questions. A filter error is not
-    /// remembered: the script may be mended by the next time.
-    pub async fn get_or_ask(
-        &self,
-        question: RecipientQuestion,
-        ask: impl Future<Output = Option<Answer>>,
-    ) -> Option<Answer> {
-        let ask = async {
-            match ask.await {
-                Some(answer) if !answer.is_error => Ok(answer),
-                other => Err(other),
-            }
-        };
-        match self.0.try_get_with(question, ask).await {
-            Ok(answer) => Some(answer),
-            Err(answer) => (*answer).clone(),
-        }
-    }
 }
 
 /// Room for one filter, among those of its user and among all; free again when dropped.

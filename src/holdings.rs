@@ -1,9 +1,9 @@
 //! What a user has: filters and rules, asked of the monitor once per `filter.inspect-ttl`.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use moka::future::Cache;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::{
     logging::Quoted,
@@ -56,7 +56,11 @@ impl Inspector {
                 Err(InspectError::NoUser) => Inspection::default(),
                 other => other?,
             };
-            Ok(Arc::new(Holdings::new(user, inspection)))
+            debug!(user = %user.name, "inspected");
+            // Off the async threads: a hundred thousand addresses take a while to understand.
+            let user = user.clone();
+            let holdings = tokio::task::spawn_blocking(move || Holdings::new(&user, inspection)).await;
+            holdings.map(Arc::new).map_err(|error| InspectError::System(io::Error::other(error)))
         };
         self.cache.try_get_with(user.clone(), ask).await
     }

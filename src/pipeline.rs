@@ -5,16 +5,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::oneshot, task::JoinSet};
+use futures_util::future::join_all;
+use tokio::{sync::oneshot, task::JoinSet, time::timeout_at};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
 use crate::{
     address::Address,
+    answers::{Answers, RecipientQuestion},
     ballot::{Ballot, Site},
-    config::{Config, OnError, Split, Unknown},
+    config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
-    filter::{Answer, Filters, Question, RecipientAnswers, RecipientQuestion, Room},
+    filter::{Answer, Filters, Question, Room},
     holdings::Inspector,
     logging::{Chain, Quoted},
     monitor::Phase,
@@ -23,11 +25,11 @@ use crate::{
     reply::Reply,
     resolver,
     rules::{Mixed, Rules},
-    ruling,
+    ruling::{self, Ruled},
     spool::Message,
     transaction::{Client, Envelope, RecipientArgument},
     verdict::{self, Opinion},
-    worker::Monitor,
+    worker::{InspectError, Monitor},
 };
 
 /// How long after the deadline a filter that was told to end may take until its answer is no longer waited for.
@@ -40,7 +42,7 @@ pub struct Pipeline {
     resolver: resolver::Chain,
     inspector: Inspector,
     filters: Arc<Filters>,
-    recipient_answers: RecipientAnswers,
+    answers: Answers,
     /// What must be finished before the worker may leave.
     tracker: TaskTracker,
 }
@@ -59,8 +61,8 @@ pub struct Outcome {
 pub struct Change {
     /// The argument of RCPT TO, byte for byte.
     pub raw: Vec<u8>,
-    /// Where to; `None`: nowhere.
-    pub redirect_to: Option<Address>,
+    /// Where to; empty: nowhere.
+    pub redirect_to: Vec<Address>,
 }
 
 impl Outcome {
@@ -76,7 +78,7 @@ impl Pipeline {
             resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients),
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(Filters::new(Arc::clone(monitor), settings.filter.clone())),
-            recipient_answers: RecipientAnswers::new(),
+            answers: Answers::new(),
             settings,
             tracker,
         }
@@ -130,7 +132,9 @@ impl Pipeline {
         let address = Address::parse(&recipient.argument.raw);
         recipient.standing = match (trusted, &address) {
             (Some(why), _) => Standing::Unjudged(why.into()),
-            (None, Ok(address)) if self.is_exempt(address) => Standing::Unjudged("exempt".into()),
+            (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
+                Standing::Unjudged("exempt".into())
+            }
             (None, Ok(address)) => self.standing(envelope, &mut recipient, address).await,
             (None, Err(error)) => {
                 let raw = String::from_utf8_lossy(&recipient.argument.raw);
@@ -147,10 +151,12 @@ impl Pipeline {
         let argument = &recipient.argument;
         let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
         if let Some(rules) = self.site_rules().filter(|_| is_local || self.resolver.is_our_domain(address)) {
-            match ruling::decide(rules, "site ", envelope, address, envelope.declared_size) {
+            let ruled = ruling::decide(rules, "site ", envelope, address, envelope.declared_size);
+            recipient.site_waits_for_size = ruled.waits_for_size;
+            match ruled.decision {
                 Some(Decision { opinion: Opinion::Accept, by }) => return Standing::Unjudged(by),
-                Some(decision) => return Standing::Refused(decision),
-                None => recipient.site_waits_for_size = rules.depends_on_size(),
+                Some(decision) => return Standing::Refused(decision.in_words_for(envelope)),
+                None => (),
             }
         }
         // Sendmail has resolved the address already and says to which mailbox; Postfix repeats it.
@@ -171,11 +177,11 @@ impl Pipeline {
             // Somebody gets the mail who can't be asked: whatever the others say, the recipient accepts.
             Ok(resolver::Resolution { unjudged: Some(why), .. }) => Standing::Unjudged(why),
             Ok(resolution) => {
-                let mut judges = Vec::with_capacity(resolution.users.len());
-                for user in resolution.users {
-                    judges.push(self.judge(envelope, argument, address, user).await);
-                }
-                Standing::Judged(judges)
+                // Side by side: the MTA waits for all of them, and its patience is that for one.
+                let deadline = Instant::now() + self.settings.filter.recipient_deadline.0;
+                let judges = resolution.users.into_iter();
+                let judges = judges.map(|user| self.judge(envelope, argument, address, user, deadline));
+                Standing::Judged(join_all(judges).await)
             }
         }
     }
@@ -191,30 +197,71 @@ impl Pipeline {
         argument: &RecipientArgument,
         address: &Address,
         resolved: resolver::ResolvedUser,
+        deadline: Instant,
     ) -> Judge {
         let resolver::ResolvedUser { user, address: final_address, extension, directory_rules } = resolved;
-        let holdings = match self.inspector.holdings(&user).await {
-            Ok(holdings) => holdings,
+        let inspected = timeout_at(deadline.into(), self.inspector.holdings(&user)).await;
+        let inspected = inspected.unwrap_or_else(|_| Err(Arc::new(InspectError::NoAnswer)));
+        let (holdings, unknown) = match inspected {
+            Ok(holdings) => (holdings, None),
             Err(error) => {
                 let why = Chain(&*error).to_string();
                 warn!("{}: user {}: {}", envelope.queue_id(), user.name, Quoted(&why));
                 let opinion = self.opinion_on_error(None);
-                let decided = Some(Decision { opinion, by: format!("not asked: {why}") });
-                let holdings = Arc::default();
-                return Judge { user, address: final_address, extension, directory_rules, holdings, decided };
+                (Arc::default(), Some(Decision { opinion, by: format!("not asked: {why}") }))
             }
         };
-        let size = envelope.declared_size;
-        let by_directory =
-            directory_rules.as_ref().and_then(|r| ruling::decide(r, "directory ", envelope, address, size));
-        let rules = holdings.rules.as_ref();
-        let decided =
-            by_directory.or_else(|| rules.and_then(|r| ruling::decide(r, "", envelope, address, size)));
-        let mut judge = Judge { user, address: final_address, extension, directory_rules, holdings, decided };
-        if judge.decided.is_none() {
-            judge.decided = self.ask_recipient_filter(envelope, argument, &judge).await;
+        let mut judge = Judge {
+            user,
+            address: final_address,
+            extension,
+            directory_rules,
+            holdings,
+            decided: unknown,
+            waits_for_size: false,
+        };
+        if judge.decided.is_some() {
+            return judge;
         }
+        let question = RecipientQuestion::new(&judge.user, envelope, address, &judge.address);
+        if let Some(ruled) = self.ask_rules(envelope, &question, address, &judge) {
+            judge.waits_for_size = ruled.waits_for_size;
+            match &ruled.decision {
+                // Accepted if it is no larger than is known: nothing is decided, and no executable is asked.
+                Some(Decision { opinion: Opinion::Accept, .. }) if ruled.waits_for_size => return judge,
+                decision => judge.decided = decision.clone(),
+            }
+        }
+        if judge.decided.is_none() {
+            judge.decided = self.ask_recipient_filter(envelope, argument, question, &judge, deadline).await;
+        }
+        judge.decided = judge.decided.map(|decision| decision.in_words_for(envelope));
         judge
+    }
+
+    /// Asks the lists of the directory, then the user's rules. `None`: there are none.
+    fn ask_rules(
+        &self,
+        envelope: &Envelope,
+        question: &RecipientQuestion,
+        address: &Address,
+        judge: &Judge,
+    ) -> Option<Arc<Ruled>> {
+        let directory = judge.directory_rules.as_deref().map(|rules| (rules, "directory "));
+        let own = judge.holdings.rules.as_ref().map(|rules| (rules, ""));
+        if directory.is_none() && own.is_none() {
+            return None;
+        }
+        Some(self.answers.of_rules(question.clone(), envelope, || {
+            let mut ruled = Ruled { decision: None, waits_for_size: false };
+            for (rules, whose) in directory.into_iter().chain(own) {
+                ruled = ruling::decide(rules, whose, envelope, address, envelope.declared_size);
+                if ruled.decision.is_some() {
+                    break;
+                }
+            }
+            ruled
+        }))
     }
 
     /// Asks the user's `recipient` executable, if there is one; `None`: go on to the message filter.
@@ -222,11 +269,12 @@ impl Pipeline {
         &self,
         envelope: &Envelope,
         argument: &RecipientArgument,
+        question: RecipientQuestion,
         judge: &Judge,
+        deadline: Instant,
     ) -> Option<Decision> {
         let extension = judge.extension.as_deref();
         let filter = judge.holdings.inspection.filter(Phase::Recipient, extension)?;
-        let question = RecipientQuestion::new(&judge.user, &filter.name, envelope, &judge.address);
         let subject =
             Subject { address: &judge.address, extension, argument, all: vec![judge.address.to_string()] };
         let ask = async {
@@ -241,8 +289,9 @@ impl Pipeline {
                     &subject,
                 ),
                 message: None,
-                deadline: Instant::now() + self.settings.filter.recipient_deadline.0,
-                smtputf8: envelope.smtputf8,
+                deadline,
+                // Whoever asks the same next may speak it.
+                smtputf8: true,
             };
             let answer =
                 self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
@@ -251,7 +300,7 @@ impl Pipeline {
             }
             answer
         };
-        let answer = self.recipient_answers.get_or_ask(question, ask).await?;
+        let answer = self.answers.of_executable(question, &filter.name, ask).await?;
         let goes_on = answer.opinion == Opinion::Accept && !answer.is_final;
         if answer.is_error {
             warn!(
@@ -307,9 +356,10 @@ impl Pipeline {
         }
     }
 
-    fn is_exempt(&self, address: &Address) -> bool {
-        let (base, _) = address.split_extension(&self.settings.recipients.delimiters);
-        self.settings.recipients.exempt.iter().any(|exempt| {
+    /// Whether an address is always accepted.
+    pub fn is_exempt(settings: &Recipients, address: &Address) -> bool {
+        let (base, _) = address.split_extension(&settings.delimiters);
+        settings.exempt.iter().any(|exempt| {
             if exempt.contains('@') {
                 address.key() == exempt.to_lowercase()
             } else {
@@ -354,6 +404,19 @@ impl Pipeline {
         let record =
             Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started };
         record.log();
+        Outcome::unchanged(opinion)
+    }
+
+    /// The outcome of a message that no filter is asked about because it is larger than `filter.max-message`. Rules
+    /// that look at the size are asked; `size` is what is known to have come, in bytes.
+    pub fn too_large(&self, envelope: &Envelope, recipients: &[Recipient], size: u64) -> Outcome {
+        let site = Site { rules: self.site_rules(), mixed: Mixed::Deliver };
+        let mut ballot = Ballot::new(envelope, recipients, size, site);
+        ballot.give_up(&Opinion::Accept);
+        let opinion = ballot.outcome();
+        let (why, changes, started) = ("larger than max-message", String::new(), Instant::now());
+        let (verdicts, size) = (Some(ballot.lines()), Some(size));
+        Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started }.log();
         Outcome::unchanged(opinion)
     }
 
@@ -404,7 +467,7 @@ impl Pipeline {
         let mut room = None;
         loop {
             if ballot.is_settled() {
-                tell(self.outcome(&ballot, mixed));
+                tell(self.outcome(envelope, &ballot, mixed));
             }
             drop(room.take());
             tokio::select! {
@@ -430,7 +493,7 @@ impl Pipeline {
         }
         // A task that panicked has left no answer.
         ballot.give_up(&self.opinion_on_error(None));
-        let outcome = self.outcome(&ballot, mixed);
+        let outcome = self.outcome(envelope, &ballot, mixed);
         tell(outcome.clone());
         let verdicts = Some(ballot.lines());
         let changes = outcome.changes.iter().map(Change::shown).collect::<Vec<_>>().join(", ");
@@ -472,8 +535,8 @@ impl Pipeline {
         running
     }
 
-    fn outcome(&self, ballot: &Ballot<'_>, mixed: Mixed) -> Outcome {
-        let opinion = ballot.outcome();
+    fn outcome(&self, envelope: &Envelope, ballot: &Ballot<'_>, mixed: Mixed) -> Outcome {
+        let opinion = ballot.outcome().in_words_for(envelope.smtputf8);
         if opinion != Opinion::Accept {
             return Outcome::unchanged(opinion);
         }
@@ -483,21 +546,16 @@ impl Pipeline {
 
     /// What becomes of a refuser's copy.
     fn change(&self, recipient: &Recipient, mixed: Mixed) -> Option<Change> {
-        let raw = recipient.argument.raw.clone();
-        match recipient.mixed(mixed) {
-            Mixed::Deliver => None,
-            Mixed::Drop => Some(Change { raw, redirect_to: None }),
+        let redirect_to = match recipient.mixed(mixed) {
+            Mixed::Deliver => return None,
+            Mixed::Drop => Vec::new(),
             Mixed::Redirect => {
-                let address = recipient.address.as_ref()?;
-                let delimiters = &self.settings.recipients.delimiters;
                 let extension = recipient.redirect_extension();
                 let extension = extension.unwrap_or(&self.settings.verdicts.redirect_extension);
-                let (base, _) = address.split_extension(delimiters);
-                // Without a delimiter there is no such address, and the mail must go somewhere.
-                let local = format!("{base}{}{extension}", delimiters.chars().next()?);
-                Some(Change { raw, redirect_to: Some(address.with_local(local)) })
+                recipient.redirected(&self.settings.recipients.delimiters, extension)?
             }
-        }
+        };
+        Some(Change { raw: recipient.argument.raw.clone(), redirect_to })
     }
 }
 
@@ -505,9 +563,10 @@ impl Change {
     fn shown(&self) -> String {
         let raw = String::from_utf8_lossy(&self.raw);
         let old = raw.trim_start_matches('<').trim_end_matches('>');
-        match &self.redirect_to {
-            Some(new) => format!("<{old}> redirected to <{new}>"),
-            None => format!("<{old}> dropped"),
+        let new: Vec<String> = self.redirect_to.iter().map(|new| format!("<{new}>")).collect();
+        match &new[..] {
+            [] => format!("<{old}> dropped"),
+            new => format!("<{old}> redirected to {}", new.join(" ")),
         }
     }
 }

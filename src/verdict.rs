@@ -60,6 +60,15 @@ impl Opinion {
         }
     }
 
+    /// The same with a reply in ASCII, unless the client speaks SMTPUTF8 (RFC 6531).
+    pub fn in_words_for(self, smtputf8: bool) -> Self {
+        match self {
+            Self::Reject(reply) if !smtputf8 => Self::Reject(reply.into_ascii()),
+            Self::Defer(reply) if !smtputf8 => Self::Defer(reply.into_ascii()),
+            other => other,
+        }
+    }
+
     /// The reply, unless accepted.
     pub fn reply(&self) -> Option<&Reply> {
         match self {
@@ -88,7 +97,7 @@ pub fn of_recipient<'a>(users: impl IntoIterator<Item = &'a Opinion>) -> Opinion
 /// The outcome of a transaction: all recipients reject → reject; somebody accepts → accept; else defer.
 ///
 /// The reply is that of the recipients of the winning class if they agree on one, else one with a line for
-/// each of their addresses, in the order given. `smtputf8`: whether that may go beyond ASCII.
+/// each of their addresses, in the order given; beyond ASCII only if the client speaks SMTPUTF8.
 pub fn of_transaction(recipients: &[(&Address, &Opinion)], smtputf8: bool) -> Opinion {
     let has = |verdict| recipients.iter().any(|(_, opinion)| opinion.verdict() == verdict);
     if recipients.is_empty() || has(Verdict::Accept) {

@@ -236,7 +236,7 @@ async fn end_of_message(cx: &mut EomContext<Session>) -> Status {
 async fn change_recipient(actions: &EomActions, change: &Change) -> Result<(), ActionError> {
     // A milter argument has no NUL, since it ends at one.
     let raw = CString::new(change.raw.clone()).map_err(|_| ActionError::InvalidParam)?;
-    if let Some(address) = &change.redirect_to {
+    for address in &change.redirect_to {
         actions.add_recipient(format!("<{address}>")).await?;
     }
     actions.delete_recipient(raw).await

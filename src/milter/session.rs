@@ -67,8 +67,8 @@ struct Transaction {
 
 enum Content {
     Spooling(Spool),
-    /// Not kept: larger than `max-message`.
-    TooLarge,
+    /// Not kept: larger than `max-message`. Bytes that had come when this was clear.
+    TooLarge(u64),
     /// Not kept: our own trouble.
     Failed(String),
 }
@@ -309,7 +309,7 @@ impl Session {
         let State::Message(_, content) = &mut self.state else {
             return;
         };
-        let mut spool = match std::mem::replace(content, Content::TooLarge) {
+        let mut spool = match std::mem::replace(content, Content::TooLarge(0)) {
             Content::Spooling(spool) => spool,
             other => {
                 *content = other;
@@ -323,7 +323,7 @@ impl Session {
             write(&mut spool).map(|()| spool)
         };
         let content = match written {
-            Ok(spool) if spool.size() > self.settings.filter.max_message.0 => Content::TooLarge,
+            Ok(spool) if spool.size() > self.settings.filter.max_message.0 => Content::TooLarge(spool.size()),
             Ok(spool) => Content::Spooling(spool),
             Err(error) => Content::Failed(self.spool_failed(&error)),
         };
@@ -342,13 +342,7 @@ impl Session {
         let Transaction { envelope, recipients, .. } = *transaction;
         let spool = match content {
             Content::Spooling(spool) => spool,
-            Content::TooLarge => {
-                return ready(self.pipeline.without_message(
-                    &envelope,
-                    &recipients,
-                    "larger than max-message",
-                ));
-            }
+            Content::TooLarge(size) => return ready(self.pipeline.too_large(&envelope, &recipients, size)),
             Content::Failed(why) => {
                 return ready(self.pipeline.on_trouble(&envelope, &recipients, &why));
             }

@@ -5,7 +5,7 @@
 
 mod codec;
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
 
 pub use codec::{CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
 use futures_util::{SinkExt, StreamExt};
@@ -35,6 +35,10 @@ const IDLE_TIME_LIMIT: Duration = Duration::from_secs(1000);
 
 /// An answer that the client does not take for as long ends the connection.
 const WRITE_TIME_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a worker that leaves waits for the first request of a connection. Without an answer on a new connection,
+/// after that on an old one was lost, Postfix gives up: 451 4.3.5.
+const FIRST_REQUEST_TIME_LIMIT: Duration = Duration::from_secs(1);
 
 /// The answer that leaves the decision to others.
 const DUNNO: &str = "DUNNO";
@@ -67,13 +71,21 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut framed = Framed::new(stream, PolicyCodec::default());
+    let mut is_new = true;
     loop {
+        let leave = async {
+            let _ = drain.wait_for(Option::is_some).await;
+            if is_new {
+                tokio::time::sleep(FIRST_REQUEST_TIME_LIMIT).await;
+            }
+        };
         let next = tokio::select! {
             biased;
             next = timeout(IDLE_TIME_LIMIT, framed.next()) => next,
             // Between requests a connection can go at any time: Postfix makes another.
-            _ = drain.wait_for(Option::is_some), if framed.read_buffer().is_empty() => return,
+            () = leave, if framed.read_buffer().is_empty() => return,
         };
+        is_new = false;
         let request = match next {
             Ok(Some(Ok(request))) => request,
             Ok(Some(Err(error))) => {
@@ -121,43 +133,41 @@ where
 /// The action for a request; `None` if it is none that we serve.
 async fn answer(service: &Service, request: &Request) -> Option<String> {
     let pipeline = &service.pipeline;
-    if request.get("request") != Some("smtpd_access_policy") {
+    if request.bytes("request") != Some(b"smtpd_access_policy") {
         return None;
     }
-    if request.get("protocol_state") != Some("RCPT") {
+    if request.bytes("protocol_state") != Some(b"RCPT") {
         return Some(DUNNO.to_owned());
     }
-    let Some(recipient) = request.get("recipient") else {
+    let Some(recipient) = request.bytes("recipient") else {
         return Some(DUNNO.to_owned());
     };
     let client = client(request);
-    let sender = match Sender::parse(request.get("sender").unwrap_or_default().as_bytes()) {
+    let sender = match Sender::parse(request.bytes("sender").unwrap_or_default()) {
         Ok(sender) => sender,
         Err(error) => {
-            warn!(
-                "NOQUEUE: sender \"{}\" is not judged: {error}",
-                Quoted(request.get("sender").unwrap_or_default())
-            );
+            let sender = request.get("sender").unwrap_or_default();
+            warn!("NOQUEUE: sender \"{}\" is not judged: {error}", Quoted(&sender));
             return Some(action(&pipeline.opinion_on_trouble(&client)));
         }
     };
     let envelope = Envelope {
         interface: Interface::Policy,
-        queue_id: request.get("queue_id").map(str::to_owned),
+        queue_id: request.get("queue_id").map(Cow::into_owned),
         client: Arc::new(client),
         sender,
         declared_size: request.get("size").and_then(|size| size.parse().ok()).filter(|size| *size > 0),
         // The protocol does not say; ASCII is always right.
         smtputf8: false,
     };
-    let argument = RecipientArgument { raw: recipient.as_bytes().to_vec(), mailer: None, mailbox: None };
+    let argument = RecipientArgument { raw: recipient.to_vec(), mailer: None, mailbox: None };
     // One smtpd asks about the recipients of a transaction one after the other.
     let instance = request.get("instance").unwrap_or_default();
-    let known = service.first.get(instance).await;
+    let known = service.first.get(&*instance).await;
     let mut first = known.clone();
     let recipient = pipeline.recipient(&envelope, argument, &mut first).await;
     if let (Some(first), None, false) = (first, known, instance.is_empty()) {
-        service.first.insert(instance.to_owned(), first).await;
+        service.first.insert(instance.into_owned(), first).await;
     }
     Some(action(&recipient.known().unwrap_or(Opinion::Accept)))
 }
@@ -167,16 +177,18 @@ fn action(opinion: &Opinion) -> String {
 }
 
 fn client(request: &Request) -> Client {
-    let known = |name| request.get(name).filter(|value| *value != "unknown").map(str::to_owned);
+    let text = |name| request.get(name).map(Cow::into_owned);
+    let known = |name| text(name).filter(|value| value != "unknown");
+    let address = request.get("client_address").and_then(|address| address.parse::<IpAddr>().ok());
     Client {
-        address: request.get("client_address").and_then(|address| address.parse().ok()),
+        address: address.map(|address| address.to_canonical()),
         name: known("client_name"),
-        helo: request.get("helo_name").map(str::to_owned),
-        protocol: request.get("protocol_name").unwrap_or("ESMTP").to_owned(),
-        sasl: request.get("sasl_username").map(|username| Sasl {
-            username: username.to_owned(),
-            method: request.get("sasl_method").unwrap_or_default().to_owned(),
-            sender: request.get("sasl_sender").unwrap_or_default().to_owned(),
+        helo: text("helo_name"),
+        protocol: text("protocol_name").unwrap_or_else(|| "ESMTP".into()),
+        sasl: text("sasl_username").map(|username| Sasl {
+            username,
+            method: text("sasl_method").unwrap_or_default(),
+            sender: text("sasl_sender").unwrap_or_default(),
         }),
         tls: known("encryption_protocol"),
         is_local: false,
