@@ -363,21 +363,6 @@ fn a_filter_that_forks_without_end_is_bounded_and_ended() {
 }
 
 #[test]
-fn a_user_with_too_many_processes_is_told_which_limit_it_is() {
-    let site = Site::of(&[("alice", own_uid(6))])
-        .set("filter", "max-user-processes", "1")
-        .set("filter", "inspect-ttl", "\"1h\"")
-        .filter("alice", "message", "#!/bin/sh\nexec sleep 2\n")
-        .start();
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| site.judge(&[ALICE], MESSAGE));
-        }
-    });
-    site.daemon.wait_for_log("its user has filter.max-user-processes already", PATIENCE);
-}
-
-#[test]
 fn what_a_filter_does_with_its_streams_does_not_change_its_verdict() {
     let big = format!("Subject: x\r\n\r\n{}", "0123456789abcde\r\n".repeat(10 << 16));
     let site = Site::of(&[("alice", own_uid(5))])
