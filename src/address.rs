@@ -55,6 +55,8 @@ impl Address {
         let text = std::str::from_utf8(text).map_err(|_| AddressError::NotUtf8)?;
         let text = text.trim_matches([' ', '\t']);
         let text = text.strip_prefix('<').and_then(|t| t.strip_suffix('>')).unwrap_or(text);
+        // Postfix takes white space there, which RFC 5321 has no place for, and does not show that it was there.
+        let text = text.trim_matches([' ', '\t']);
         if text.chars().any(char::is_control) {
             return Err(AddressError::Control);
         }

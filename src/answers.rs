@@ -30,8 +30,8 @@ pub struct RecipientQuestion {
     client: (Option<IpAddr>, Option<String>),
     helo: Option<String>,
     sender: Sender,
-    /// As the client named it, and after aliases: filters see both. In one spelling: Postfix tells a milter that a local
-    /// recipient is `alice`, and a policy service `Alice`.
+    /// As the client named it, and after aliases: filters see both. In one spelling, since Postfix tells a milter that
+    /// a local recipient is `alice` and a policy service `Alice`.
     recipient: (String, String),
 }
 
@@ -76,7 +76,9 @@ impl Answers {
         name: &str,
         ask: impl Future<Output = Option<Answer>>,
     ) -> Option<Answer> {
-        let ask = async { ask.await.ok_or(()) };
+        // What it wrote has been logged, and may be long.
+        let forget = |answer| Answer { output: String::new(), error_output: String::new(), ..answer };
+        let ask = async { ask.await.map(forget).ok_or(()) };
         self.executables.try_get_with((question, name.to_owned()), ask).await.ok()
     }
 

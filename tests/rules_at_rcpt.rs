@@ -114,7 +114,9 @@ fn assert_says(reply: &Reply, code: u16, words: &str) {
 
 /// Every key of rules.toml, whichever interface asks.
 fn every_key_counts(interfaces: Interfaces) {
-    let scene = users_with_rules().interfaces(interfaces).start();
+    // Only then XCLIENT takes an IPv6 address.
+    let setting = users_with_rules().postfix(|p| p.set("inet_protocols", "all"));
+    let scene = setting.interfaces(interfaces).start();
     let from = |sender: &str, name: &str| USUAL.rcpt(&scene, (sender, ""), name);
 
     let bad = [
@@ -197,12 +199,7 @@ fn the_real_size_counts_at_the_end_of_the_message() {
     setting.users.file("other", "rules.toml", elsewhere);
     let scene = setting.start();
 
-    let large = [
-        MESSAGE,
-        "x".repeat(70).clone().as_bytes(),
-        &b"\n0123456789012345678901234567890123456789\n".repeat(700),
-    ]
-    .concat();
+    let large = [MESSAGE, &b"\n0123456789012345678901234567890123456789\n".repeat(700)].concat();
     for name in ["plain", "friends"] {
         // What the client declared was a lie, or nothing.
         for parameters in ["SIZE=100", ""] {
@@ -228,7 +225,7 @@ fn a_file_with_an_error_is_ignored_whole_and_the_log_says_where() {
     let cases = [
         ("syntax", format!("{reject}[[rule]\n"), "rules.toml:4:"),
         ("key", format!("{reject}colour = 1\n"), "rules.toml:4:1: "),
-        ("action", "default = \"reject\"\n[[rule]]\naction = \"bounce\"\n".to_string(), "rules.toml:3:10: "),
+        ("action", "default = \"reject\"\n[[rule]]\naction = \"bounce\"\n".to_owned(), "rules.toml:3:10: "),
         ("network", format!("{reject}client = [\"192.0.2.0/33\"]\n"), "rules.toml:4:11: "),
         ("missing", format!("{reject}sender-file = \"friends.txt\"\n"), "rules.toml:4:15: "),
         ("escape", format!("{reject}sender-file = \"../../bob/rules.toml\"\n"), "rules.toml:4:15: "),

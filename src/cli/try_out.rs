@@ -201,7 +201,8 @@ async fn trial(
     let by_rules = directory
         .into_iter()
         .chain(own)
-        .find_map(|(rules, whose)| ruling::decide(rules, whose, &envelope, &address, size).decision);
+        .find_map(|(rules, whose)| ruling::decide(rules, whose, &envelope, &address, size).decision)
+        .map(|decision| decision.in_words_for(&envelope));
     if let Some(decision) = by_rules {
         return Ok(Trial {
             opinion: decision.opinion,

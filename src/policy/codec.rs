@@ -33,9 +33,9 @@ struct Attribute {
 impl Request {
     /// The value of an attribute, if it came and is not empty. Of several the last counts, as in Postfix.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
-        let is_named = |attribute: &&Attribute| &self.text[attribute.name.clone()] == name.as_bytes();
-        let attribute = self.attributes.iter().rev().find(is_named)?;
-        Some(&self.text[attribute.value.clone()]).filter(|value| !value.is_empty())
+        let (text, name) = (&self.text, name.as_bytes());
+        let attribute = self.attributes.iter().rev().find(|a| &text[a.name.clone()] == name)?;
+        Some(&text[attribute.value.clone()]).filter(|value| !value.is_empty())
     }
 
     /// The same as text. Strangers choose some values, which then need not be UTF-8.
@@ -50,7 +50,7 @@ pub enum CodecError {
     /// More than [`MAX_REQUEST_LENGTH`] bytes without an empty line, or too many attributes.
     #[error("request is too long")]
     TooLong,
-    /// A line without `=`, with an empty name or one that is not UTF-8, or with a NUL.
+    /// A line without `=`, with an empty name, or with a NUL.
     #[error("malformed request")]
     Malformed,
     /// The client went away in the middle of a request, or the network failed.

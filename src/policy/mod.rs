@@ -46,8 +46,12 @@ const DUNNO: &str = "DUNNO";
 /// How long a transaction is remembered after its last recipient, for `verdict.split`.
 const TRANSACTION_TTL: Duration = Duration::from_secs(600);
 
-/// Transactions remembered.
-const TRANSACTIONS: u64 = 100_000;
+/// What is remembered of all transactions together, in bytes: a hundred thousand of them. Strangers choose who has many
+/// filters: an alias of a thousand users, say.
+const TRANSACTIONS_CAPACITY: u64 = 32 << 20;
+
+/// Longest instance that is remembered, in bytes; Postfix' have about 30.
+const MAX_INSTANCE_LENGTH: usize = 256;
 
 /// What all connections share.
 #[derive(Debug)]
@@ -60,7 +64,13 @@ pub struct Service {
 impl Service {
     /// For a worker.
     pub fn new(pipeline: Arc<Pipeline>) -> Self {
-        let first = Cache::builder().max_capacity(TRANSACTIONS).time_to_idle(TRANSACTION_TTL).build();
+        let weigh = |instance: &String, filters: &FilterSet| {
+            let names: usize =
+                filters.iter().map(|(user, filter)| user.as_str().len() + filter.len() + 64).sum();
+            u32::try_from(instance.len() + names + 200).unwrap_or(u32::MAX)
+        };
+        let first = Cache::builder().weigher(weigh).max_capacity(TRANSACTIONS_CAPACITY);
+        let first = first.time_to_idle(TRANSACTION_TTL).build();
         Self { pipeline, first }
     }
 }
@@ -162,7 +172,8 @@ async fn answer(service: &Service, request: &Request) -> Option<String> {
     };
     let argument = RecipientArgument { raw: recipient.to_vec(), mailer: None, mailbox: None };
     // One smtpd asks about the recipients of a transaction one after the other.
-    let instance = request.get("instance").unwrap_or_default();
+    let instance = request.get("instance").filter(|instance| instance.len() <= MAX_INSTANCE_LENGTH);
+    let instance = instance.unwrap_or_default();
     let known = service.first.get(&*instance).await;
     let mut first = known.clone();
     let recipient = pipeline.recipient(&envelope, argument, &mut first).await;
