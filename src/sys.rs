@@ -180,6 +180,19 @@ pub fn reset_signals() -> nix::Result<()> {
     SigSet::all().thread_unblock()
 }
 
+/// Undoes in a child what [`ignore_signal`] did to SIGPIPE, and unblocks all signals. The rest of what the process
+/// does with signals ends at exec, as long as [`reset_signals`] was called at its start.
+///
+/// # Errors
+///
+/// As sigaction(2) and sigprocmask(2).
+pub fn restore_signals() -> nix::Result<()> {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: the default action runs no code of ours.
+    unsafe { sigaction(Signal::SIGPIPE, &default) }?;
+    SigSet::all().thread_unblock()
+}
+
 /// Ignores a signal.
 ///
 /// # Errors
