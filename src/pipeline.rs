@@ -11,7 +11,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
 use crate::{
-    address::Address,
+    address::{Address, AddressError},
     answers::{Answers, RecipientQuestion},
     ballot::{Ballot, Site},
     config::{Config, OnError, Split, Unknown},
@@ -128,7 +128,7 @@ impl Pipeline {
             site_waits_for_size: false,
             argument,
         };
-        match Address::parse(&recipient.argument.raw) {
+        match read_recipient(&recipient.argument) {
             Ok(address) => {
                 recipient.standing = match self.is_trusted(&envelope.client) {
                     Some(why) => Standing::Unjudged(why.into()),
@@ -534,6 +534,23 @@ impl Pipeline {
         };
         Some(Change { raw: recipient.argument.raw.clone(), redirect_to })
     }
+}
+
+/// A recipient's address. What has characters that MTAs read in ways of their own (`al\ice`, `c!alice`, `alice%c`,
+/// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
+/// spelling.
+fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
+    let named = Address::parse(&argument.raw);
+    let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
+    if named.as_ref().is_ok_and(|address| !is_odd(address)) {
+        return named;
+    }
+    let reading = match (&argument.mailbox, &named) {
+        (Some(mailbox), _) => Address::parse(mailbox.as_bytes()).ok(),
+        (None, Ok(address)) => address.without_routing(),
+        (None, Err(_)) => None,
+    };
+    reading.filter(|reading| reading.domain().is_some()).map_or(named, Ok)
 }
 
 impl Change {
