@@ -512,15 +512,33 @@ fn requests_of_old_and_new_postfix_are_understood() {
     // 3.1 policy_context, 3.2 server_*, then compatibility_level and mail_version.
     let mut old = full();
     for name in [
-        "sasl_method", "sasl_username", "sasl_sender", "size", "reverse_client_name", "ccert_subject", "ccert_issuer",
-        "ccert_fingerprint", "ccert_pubkey_fingerprint", "encryption_protocol", "encryption_cipher",
-        "encryption_keysize", "etrn_domain", "stress", "client_port", "policy_context", "server_address", "server_port",
-        "recipient_count", "instance",
+        "sasl_method",
+        "sasl_username",
+        "sasl_sender",
+        "size",
+        "reverse_client_name",
+        "ccert_subject",
+        "ccert_issuer",
+        "ccert_fingerprint",
+        "ccert_pubkey_fingerprint",
+        "encryption_protocol",
+        "encryption_cipher",
+        "encryption_keysize",
+        "etrn_domain",
+        "stress",
+        "client_port",
+        "policy_context",
+        "server_address",
+        "server_port",
+        "recipient_count",
+        "instance",
     ] {
         old = old.without(name);
     }
-    let bare = old.clone().without("client_address").without("client_name").without("helo_name").without("queue_id");
-    let new = full().with("compatibility_level", "3.9").with("mail_version", "3.9.0").with("x", "unknown=to us");
+    let bare =
+        old.clone().without("client_address").without("client_name").without("helo_name").without("queue_id");
+    let new =
+        full().with("compatibility_level", "3.9").with("mail_version", "3.9.0").with("x", "unknown=to us");
     let mut client = policy::Client::connect(&scene.policy);
     for request in [full(), old, bare, new] {
         assert!(client.ask(&request).starts_with("550 5.7.1 "), "{request:?}");
