@@ -86,6 +86,13 @@ pub struct Question<'a> {
     pub smtputf8: bool,
 }
 
+/// Room for one filter, among those of its user and among all; free again when dropped.
+#[derive(Debug, Default)]
+pub struct Room {
+    _own: Option<OwnedSemaphorePermit>,
+    _shared: Option<OwnedSemaphorePermit>,
+}
+
 /// Runs filters, not too many at a time.
 #[derive(Debug)]
 pub struct Filters {
@@ -103,24 +110,30 @@ impl Filters {
     }
 
     /// Asks a filter when there is room for it. `None` if `not_needed` was cancelled before it could start.
-    pub async fn ask(&self, question: Question<'_>, not_needed: &CancellationToken) -> Option<Answer> {
-        let permits = tokio::select! {
+    ///
+    /// The answer comes with the filter's room, so that whoever learns from it that no other is needed can say so
+    /// before another takes the room.
+    pub async fn ask(
+        &self,
+        question: Question<'_>,
+        not_needed: &CancellationToken,
+    ) -> Option<(Answer, Room)> {
+        let room = tokio::select! {
             biased;
             () = not_needed.cancelled() => return None,
-            permits = self.permits(question.user) => permits,
             () = tokio::time::sleep_until(question.deadline.into()) => {
-                return Some(self.error("not started before the deadline".into(), Duration::ZERO));
+                let answer = self.error("not started before the deadline".into(), Duration::ZERO);
+                return Some((answer, Room::default()));
             }
+            room = self.room(question.user) => room,
         };
-        let answer = self.run(&question).await;
-        drop(permits);
-        Some(answer)
+        Some((self.run(&question).await, room))
     }
 
     /// The user's own permit first: whoever waits for it must not hold one of everybody's.
-    async fn permits(&self, user: &User) -> (Option<OwnedSemaphorePermit>, Option<OwnedSemaphorePermit>) {
-        let own = self.semaphore_of(user);
-        (own.acquire_owned().await.ok(), Arc::clone(&self.all).acquire_owned().await.ok())
+    async fn room(&self, user: &User) -> Room {
+        let own = self.semaphore_of(user).acquire_owned().await.ok();
+        Room { _own: own, _shared: Arc::clone(&self.all).acquire_owned().await.ok() }
     }
 
     fn semaphore_of(&self, user: &User) -> Arc<Semaphore> {

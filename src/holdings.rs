@@ -30,7 +30,7 @@ pub struct Holdings {
     /// Why there are rules that are ignored.
     pub rules_error: Option<String>,
     /// Bytes of the rules and all that they name.
-    pub weight: usize,
+    pub(crate) weight: usize,
 }
 
 /// Asks and remembers.

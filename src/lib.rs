@@ -16,8 +16,8 @@
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
-//! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it is asked;
-//! * [`answers`]: what they have just said;
+//! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it
+//!   is asked; [`answers`]: what they have just said;
 //! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`]: what comes of it.
 
 pub mod address;

@@ -14,9 +14,9 @@ use crate::{
     address::{Address, AddressError},
     answers::{Answers, RecipientQuestion},
     ballot::{Ballot, Site},
-    config::{Config, OnError, Split, Unknown},
+    config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
-    filter::{Filters, Question},
+    filter::{Answer, Filters, Question, Room},
     holdings::Inspector,
     logging::{Chain, Quoted},
     monitor::Phase,
@@ -128,21 +128,21 @@ impl Pipeline {
             site_waits_for_size: false,
             argument,
         };
-        match read_recipient(&recipient.argument) {
-            Ok(address) => {
-                recipient.standing = match self.is_trusted(&envelope.client) {
-                    Some(why) => Standing::Unjudged(why.into()),
-                    None if self.is_exempt(&address) => Standing::Unjudged("exempt".into()),
-                    None => self.standing(envelope, &mut recipient, &address).await,
-                };
-                recipient.address = Some(address);
+        let trusted = self.is_trusted(&envelope.client);
+        let address = read_recipient(&recipient.argument);
+        recipient.standing = match (trusted, &address) {
+            (Some(why), _) => Standing::Unjudged(why.into()),
+            (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
+                Standing::Unjudged("exempt".into())
             }
-            Err(error) => {
+            (None, Ok(address)) => self.standing(envelope, &mut recipient, address).await,
+            (None, Err(error)) => {
                 let raw = String::from_utf8_lossy(&recipient.argument.raw);
                 warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
-                recipient.standing = self.trouble(None, error.to_string());
+                self.trouble(None, error.to_string())
             }
-        }
+        };
+        recipient.address = address.ok();
         recipient
     }
 
@@ -293,7 +293,8 @@ impl Pipeline {
                 // Whoever asks the same next may speak it.
                 smtputf8: true,
             };
-            let answer = self.filters.ask(question, &CancellationToken::new()).await;
+            let answer =
+                self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
                 record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
             }
@@ -324,9 +325,12 @@ impl Pipeline {
         }
     }
 
-    /// What our own trouble with a whole transaction means.
-    pub fn opinion_on_trouble(&self) -> Opinion {
-        self.opinion_on_error(None)
+    /// What our own trouble with a whole transaction means: nothing, if its mail is not judged anyway.
+    pub fn opinion_on_trouble(&self, client: &Client) -> Opinion {
+        match self.is_trusted(client) {
+            Some(_) => Opinion::Accept,
+            None => self.opinion_on_error(None),
+        }
     }
 
     fn opinion_on_error(&self, on_error: Option<OnError>) -> Opinion {
@@ -352,9 +356,10 @@ impl Pipeline {
         }
     }
 
-    fn is_exempt(&self, address: &Address) -> bool {
-        let (base, _) = address.split_extension(&self.settings.recipients.delimiters);
-        self.settings.recipients.exempt.iter().any(|exempt| {
+    /// Whether an address is always accepted.
+    pub fn is_exempt(settings: &Recipients, address: &Address) -> bool {
+        let (base, _) = address.split_extension(&settings.delimiters);
+        settings.exempt.iter().any(|exempt| {
             if exempt.contains('@') {
                 address.key() == exempt.to_lowercase()
             } else {
@@ -390,7 +395,7 @@ impl Pipeline {
     /// The outcome of a transaction that our own trouble keeps from being judged.
     pub fn on_trouble(&self, envelope: &Envelope, recipients: &[Recipient], why: &str) -> Outcome {
         warn!("{}: not judged: {}", envelope.queue_id(), Quoted(why));
-        self.at_once(envelope, recipients, "trouble", self.opinion_on_error(None))
+        self.at_once(envelope, recipients, "trouble", self.opinion_on_trouble(&envelope.client))
     }
 
     fn at_once(&self, envelope: &Envelope, recipients: &[Recipient], why: &str, opinion: Opinion) -> Outcome {
@@ -399,6 +404,19 @@ impl Pipeline {
         let record =
             Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started };
         record.log();
+        Outcome::unchanged(opinion)
+    }
+
+    /// The outcome of a message that no filter is asked about because it is larger than `filter.max-message`. Rules
+    /// that look at the size are asked; `size` is what is known to have come, in bytes.
+    pub fn too_large(&self, envelope: &Envelope, recipients: &[Recipient], size: u64) -> Outcome {
+        let site = Site { rules: self.site_rules(), mixed: Mixed::Deliver };
+        let mut ballot = Ballot::new(envelope, recipients, size, site);
+        ballot.give_up(&Opinion::Accept);
+        let opinion = ballot.outcome();
+        let (why, changes, started) = ("larger than max-message", String::new(), Instant::now());
+        let (verdicts, size) = (Some(ballot.lines()), Some(size));
+        Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started }.log();
         Outcome::unchanged(opinion)
     }
 
@@ -445,13 +463,18 @@ impl Pipeline {
         let give_up = tokio::time::sleep_until((deadline + DEADLINE_MARGIN).into());
         tokio::pin!(give_up);
         let mut is_given_up = false;
+        // Of the filter that answered last: kept until it is known whether another is needed.
+        let mut room = None;
         loop {
             if ballot.is_settled() {
                 tell(self.outcome(envelope, &ballot, mixed));
             }
+            drop(room.take());
             tokio::select! {
                 answer = running.join_next() => match answer {
-                    Some(Ok((n, answer))) => {
+                    Some(Ok((n, asked))) => {
+                        let answer;
+                        (answer, room) = asked.unzip();
                         if let Some(answer) = &answer {
                             let poll = &ballot.polls()[n];
                             let user = poll.judge.user.name.as_str();
@@ -487,7 +510,7 @@ impl Pipeline {
         message: Message,
         deadline: Instant,
         settled: &CancellationToken,
-    ) -> JoinSet<(usize, Option<crate::filter::Answer>)> {
+    ) -> JoinSet<(usize, Option<(Answer, Room)>)> {
         let (size, smtputf8) = (message.size(), envelope.smtputf8);
         let message = Arc::new(message);
         let mut running = JoinSet::new();

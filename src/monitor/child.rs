@@ -148,6 +148,8 @@ impl Child<'_> {
             let hint = match e {
                 nix::errno::Errno::ENOENT => " (does the interpreter of its #! line exist?)",
                 nix::errno::Errno::ENOEXEC => " (a script needs a #! line)",
+                // execve(2): the uid has as many processes as RLIMIT_NPROC allows, whoever started them.
+                nix::errno::Errno::EAGAIN => " (the user has filter.max-user-processes already)",
                 _ => "",
             };
             Refusal::Check(format!("{}: cannot be executed: {}{hint}", filter.to_string_lossy(), e.desc()))

@@ -36,6 +36,10 @@ const IDLE_TIME_LIMIT: Duration = Duration::from_secs(1000);
 /// An answer that the client does not take for as long ends the connection.
 const WRITE_TIME_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long a worker that leaves waits for the first request of a connection. Without an answer on a new connection,
+/// after that on an old one was lost, Postfix gives up: 451 4.3.5.
+const FIRST_REQUEST_TIME_LIMIT: Duration = Duration::from_secs(1);
+
 /// The answer that leaves the decision to others.
 const DUNNO: &str = "DUNNO";
 
@@ -77,17 +81,26 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut framed = Framed::new(stream, PolicyCodec::default());
+    let mut is_new = true;
     loop {
+        let leave = async {
+            let _ = drain.wait_for(Option::is_some).await;
+            if is_new {
+                tokio::time::sleep(FIRST_REQUEST_TIME_LIMIT).await;
+            }
+        };
         let next = tokio::select! {
             biased;
             next = timeout(IDLE_TIME_LIMIT, framed.next()) => next,
             // Between requests a connection can go at any time: Postfix makes another.
-            _ = drain.wait_for(Option::is_some), if framed.read_buffer().is_empty() => return,
+            () = leave, if framed.read_buffer().is_empty() => return,
         };
+        is_new = false;
         let request = match next {
             Ok(Some(Ok(request))) => request,
             Ok(Some(Err(error))) => {
                 warn!(interface = "policy", "connection closed: {}", Chain(&error));
+                finish(&mut framed).await;
                 return;
             }
             Ok(None) => return,
@@ -98,6 +111,7 @@ where
         };
         let Some(action) = answer(&service, &request).await else {
             warn!(interface = "policy", "connection closed: request is not smtpd_access_policy");
+            finish(&mut framed).await;
             return;
         };
         if !matches!(timeout(WRITE_TIME_LIMIT, send(&mut framed, action)).await, Ok(Ok(()))) {
@@ -107,13 +121,23 @@ where
     }
 }
 
-/// Answers pipelined requests together: written out only when no further one waits in the buffer.
+/// Answers pipelined requests together: written out only when no further one waits, whole, in the buffer. Whoever has
+/// sent a part of one may wait for the last answer before going on.
 async fn send<S>(framed: &mut Framed<S, PolicyCodec>, action: String) -> Result<(), CodecError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     framed.feed(action).await?;
-    if framed.read_buffer().is_empty() { framed.flush().await } else { Ok(()) }
+    let another_waits = framed.read_buffer().windows(2).any(|pair| pair == b"\n\n");
+    if another_waits { Ok(()) } else { framed.flush().await }
+}
+
+/// Writes out what the requests before a bad one are owed.
+async fn finish<S>(framed: &mut Framed<S, PolicyCodec>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let _ = timeout(WRITE_TIME_LIMIT, framed.flush()).await;
 }
 
 /// The action for a request; `None` if it is none that we serve.
@@ -128,18 +152,19 @@ async fn answer(service: &Service, request: &Request) -> Option<String> {
     let Some(recipient) = request.bytes("recipient") else {
         return Some(DUNNO.to_owned());
     };
+    let client = client(request);
     let sender = match Sender::parse(request.bytes("sender").unwrap_or_default()) {
         Ok(sender) => sender,
         Err(error) => {
             let sender = request.get("sender").unwrap_or_default();
             warn!("NOQUEUE: sender \"{}\" is not judged: {error}", Quoted(&sender));
-            return Some(action(&pipeline.opinion_on_trouble()));
+            return Some(action(&pipeline.opinion_on_trouble(&client)));
         }
     };
     let envelope = Envelope {
         interface: Interface::Policy,
         queue_id: request.get("queue_id").map(Cow::into_owned),
-        client: Arc::new(client(request)),
+        client: Arc::new(client),
         sender,
         declared_size: request.get("size").and_then(|size| size.parse().ok()).filter(|size| *size > 0),
         // The protocol does not say; ASCII is always right.
