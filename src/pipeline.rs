@@ -11,8 +11,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
 use crate::{
-    address::Address,
-    answers::{Answers, RecipientQuestion},
+    address::{Address, AddressError},
+    answers::Answers,
     ballot::{Ballot, Site},
     config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
@@ -129,7 +129,7 @@ impl Pipeline {
             argument,
         };
         let trusted = self.is_trusted(&envelope.client);
-        let address = Address::parse(&recipient.argument.raw);
+        let address = read_recipient(&recipient.argument);
         recipient.standing = match (trusted, &address) {
             (Some(why), _) => Standing::Unjudged(why.into()),
             (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
@@ -223,8 +223,7 @@ impl Pipeline {
         if judge.decided.is_some() {
             return judge;
         }
-        let question = RecipientQuestion::new(&judge.user, envelope, address, &judge.address);
-        if let Some(ruled) = self.ask_rules(envelope, &question, address, &judge) {
+        if let Some(ruled) = self.ask_rules(envelope, address, &judge) {
             judge.waits_for_size = ruled.waits_for_size;
             match &ruled.decision {
                 // Accepted if it is no larger than is known: nothing is decided, and no executable is asked.
@@ -233,26 +232,21 @@ impl Pipeline {
             }
         }
         if judge.decided.is_none() {
-            judge.decided = self.ask_recipient_filter(envelope, argument, question, &judge, deadline).await;
+            judge.decided = self.ask_recipient_filter(envelope, argument, address, &judge, deadline).await;
         }
         judge.decided = judge.decided.map(|decision| decision.in_words_for(envelope));
         judge
     }
 
     /// Asks the lists of the directory, then the user's rules. `None`: there are none.
-    fn ask_rules(
-        &self,
-        envelope: &Envelope,
-        question: &RecipientQuestion,
-        address: &Address,
-        judge: &Judge,
-    ) -> Option<Arc<Ruled>> {
+    fn ask_rules(&self, envelope: &Envelope, address: &Address, judge: &Judge) -> Option<Arc<Ruled>> {
         let directory = judge.directory_rules.as_deref().map(|rules| (rules, "directory "));
         let own = judge.holdings.rules.as_ref().map(|rules| (rules, ""));
         if directory.is_none() && own.is_none() {
             return None;
         }
-        Some(self.answers.of_rules(question.clone(), envelope, || {
+        let question = self.answers.question(&judge.user, envelope, address, &judge.address);
+        Some(self.answers.of_rules(question, envelope, || {
             let mut ruled = Ruled { decision: None, waits_for_size: false };
             for (rules, whose) in directory.into_iter().chain(own) {
                 ruled = ruling::decide(rules, whose, envelope, address, envelope.declared_size);
@@ -269,7 +263,7 @@ impl Pipeline {
         &self,
         envelope: &Envelope,
         argument: &RecipientArgument,
-        question: RecipientQuestion,
+        address: &Address,
         judge: &Judge,
         deadline: Instant,
     ) -> Option<Decision> {
@@ -300,6 +294,7 @@ impl Pipeline {
             }
             answer
         };
+        let question = self.answers.question(&judge.user, envelope, address, &judge.address);
         let answer = self.answers.of_executable(question, &filter.name, ask).await?;
         let goes_on = answer.opinion == Opinion::Accept && !answer.is_final;
         if answer.is_error {
@@ -557,6 +552,23 @@ impl Pipeline {
         };
         Some(Change { raw: recipient.argument.raw.clone(), redirect_to })
     }
+}
+
+/// A recipient's address. What has characters that MTAs read in ways of their own (`al\ice`, `c!alice`, `alice%c`,
+/// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
+/// spelling.
+fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
+    let named = Address::parse(&argument.raw);
+    let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
+    if named.as_ref().is_ok_and(|address| !is_odd(address)) {
+        return named;
+    }
+    let reading = match (&argument.mailbox, &named) {
+        (Some(mailbox), _) => Address::parse(mailbox.as_bytes()).ok(),
+        (None, Ok(address)) => address.without_routing(),
+        (None, Err(_)) => None,
+    };
+    reading.filter(|reading| reading.domain().is_some()).map_or(named, Ok)
 }
 
 impl Change {
