@@ -22,6 +22,7 @@ pub struct Ballot<'a> {
     seats: Vec<Vec<Seat>>,
     /// Whether a refusal is of use although others accept, so that everybody has to be heard.
     everybody_counts: bool,
+    smtputf8: bool,
 }
 
 /// One filter of one user.
@@ -59,7 +60,9 @@ impl<'a> Ballot<'a> {
     /// Finds out who is to be asked. `size`: of the message, in bytes.
     pub fn new(envelope: &Envelope, recipients: &'a [Recipient], size: u64, site: Site<'_>) -> Self {
         let everybody_counts = site.mixed != Mixed::Deliver;
-        let mut ballot = Self { recipients, polls: Vec::new(), seats: Vec::new(), everybody_counts };
+        let smtputf8 = envelope.smtputf8;
+        let mut ballot =
+            Self { recipients, polls: Vec::new(), seats: Vec::new(), everybody_counts, smtputf8 };
         for (n, recipient) in recipients.iter().enumerate() {
             let by_site = match (site.rules, &recipient.address) {
                 (Some(rules), Some(address)) if recipient.site_waits_for_size => {
@@ -148,7 +151,7 @@ impl<'a> Ballot<'a> {
         let known: Vec<(&Address, &Opinion)> = known
             .filter_map(|(recipient, opinion)| Some((recipient.address.as_ref()?, opinion.as_ref()?)))
             .collect();
-        verdict::of_transaction(&known)
+        verdict::of_transaction(&known, self.smtputf8)
     }
 
     /// The recipients who refuse.

@@ -23,8 +23,8 @@ pub struct Subject<'a> {
     pub all: Vec<String>,
 }
 
-/// The variables of one filter, all of them always set. A value that NUL, CR or LF makes unusable is dropped (that
-/// is: empty), and logged.
+/// The variables of one filter. A value that NUL, CR or LF makes unusable is dropped, and logged; all others are set,
+/// be they empty.
 pub fn variables(
     envelope: &Envelope,
     phase: Phase,
@@ -59,16 +59,14 @@ pub fn variables(
         (Variable::Tls, client.tls.clone().unwrap_or_default()),
         (Variable::Version, env!("CARGO_PKG_VERSION").to_owned()),
     ];
-    for (variable, value) in &mut variables {
-        if value.contains(['\0', '\r', '\n']) || value.len() > MAX_VALUE_LENGTH {
-            warn!(
-                "{}: {} dropped: it has a NUL or a line end, or is too long",
-                envelope.queue_id(),
-                variable.name()
-            );
-            value.clear();
+    variables.retain(|(variable, value)| {
+        let usable = !value.contains(['\0', '\r', '\n']) && value.len() <= MAX_VALUE_LENGTH;
+        if !usable {
+            let (id, name) = (envelope.queue_id(), variable.name());
+            warn!("{id}: {name} dropped: it has a NUL or a line end, or is too long");
         }
-    }
+        usable
+    });
     variables.push((Variable::Recipients, recipients(envelope, &subject.all)));
     variables
 }
@@ -122,7 +120,7 @@ mod tests {
         let all = vec!["alice+shop@example.org".into(), "x\ny@example.org".into(), "al@example.org".into()];
         let subject = Subject { address: &address, extension: Some("shop"), argument: &argument, all };
         let variables = variables(&envelope, Phase::Message, Some(5), &subject);
-        assert_eq!(value(&variables, "CLIENT_HELO"), "");
+        assert!(!variables.iter().any(|(variable, _)| *variable == Variable::ClientHelo));
         assert_eq!(value(&variables, "SENDER"), "");
         assert_eq!(value(&variables, "LOCAL"), "alice+shop");
         assert_eq!(value(&variables, "EXTENSION"), "shop");

@@ -176,20 +176,21 @@ impl Filters {
         let permits = tokio::select! {
             biased;
             () = not_needed.cancelled() => return None,
-            permits = self.permits(question.user) => permits,
+            permits = self.permits(question.user) => permits?,
             () = tokio::time::sleep_until(question.deadline.into()) => {
                 return Some(self.error("not started before the deadline".into(), Duration::ZERO));
             }
         };
-        let answer = self.run(&question).await;
-        drop(permits);
+        let (own, one_of_all) = permits;
+        let answer = self.run(&question, one_of_all).await;
+        drop(own);
         Some(answer)
     }
 
     /// The user's own permit first: whoever waits for it must not hold one of everybody's.
-    async fn permits(&self, user: &User) -> (Option<OwnedSemaphorePermit>, Option<OwnedSemaphorePermit>) {
-        let own = self.semaphore_of(user);
-        (own.acquire_owned().await.ok(), Arc::clone(&self.all).acquire_owned().await.ok())
+    async fn permits(&self, user: &User) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        let own = self.semaphore_of(user).acquire_owned().await.ok()?;
+        Some((own, Arc::clone(&self.all).acquire_owned().await.ok()?))
     }
 
     fn semaphore_of(&self, user: &User) -> Arc<Semaphore> {
@@ -204,7 +205,7 @@ impl Filters {
         semaphore
     }
 
-    async fn run(&self, question: &Question<'_>) -> Answer {
+    async fn run(&self, question: &Question<'_>, permit: OwnedSemaphorePermit) -> Answer {
         let left = question.deadline.saturating_duration_since(Instant::now());
         let time_limit = left.min(self.settings.timeout.0);
         let message = match question.message.map(Message::open).transpose() {
@@ -220,6 +221,7 @@ impl Filters {
             variables,
             time_limit,
             message,
+            permit,
         };
         match self.monitor.run(request).await {
             Ok(finished) => self.judge(&finished, question.smtputf8),

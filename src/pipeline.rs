@@ -12,7 +12,7 @@ use tracing::warn;
 use crate::{
     address::Address,
     ballot::{Ballot, Site},
-    config::{Config, OnError, Split, Unknown},
+    config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
     filter::{Filters, Question, RecipientAnswers, RecipientQuestion},
     holdings::Inspector,
@@ -130,7 +130,9 @@ impl Pipeline {
             Ok(address) => {
                 recipient.standing = match self.is_trusted(&envelope.client) {
                     Some(why) => Standing::Unjudged(why.into()),
-                    None if self.is_exempt(&address) => Standing::Unjudged("exempt".into()),
+                    None if Self::is_exempt(&self.settings.recipients, &address) => {
+                        Standing::Unjudged("exempt".into())
+                    }
                     None => self.standing(envelope, &mut recipient, &address).await,
                 };
                 recipient.address = Some(address);
@@ -149,10 +151,11 @@ impl Pipeline {
         let argument = &recipient.argument;
         let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
         if let Some(rules) = self.site_rules().filter(|_| is_local || self.resolver.is_our_domain(address)) {
+            recipient.site_waits_for_size = rules.depends_on_size();
             match ruling::decide(rules, "site ", envelope, address, envelope.declared_size) {
                 Some(Decision { opinion: Opinion::Accept, by }) => return Standing::Unjudged(by),
                 Some(decision) => return Standing::Refused(decision),
-                None => recipient.site_waits_for_size = rules.depends_on_size(),
+                None => (),
             }
         }
         // Sendmail has resolved the address already and says to which mailbox; Postfix repeats it.
@@ -305,9 +308,10 @@ impl Pipeline {
         }
     }
 
-    fn is_exempt(&self, address: &Address) -> bool {
-        let (base, _) = address.split_extension(&self.settings.recipients.delimiters);
-        self.settings.recipients.exempt.iter().any(|exempt| {
+    /// Whether an address is always accepted.
+    pub fn is_exempt(settings: &Recipients, address: &Address) -> bool {
+        let (base, _) = address.split_extension(&settings.delimiters);
+        settings.exempt.iter().any(|exempt| {
             if exempt.contains('@') {
                 address.key() == exempt.to_lowercase()
             } else {
@@ -352,6 +356,19 @@ impl Pipeline {
         let record =
             Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started };
         record.log();
+        Outcome::unchanged(opinion)
+    }
+
+    /// The outcome of a message that no filter is asked about because it is larger than `filter.max-message`. Rules
+    /// that look at the size are asked; `size` is what is known to have come, in bytes.
+    pub fn too_large(&self, envelope: &Envelope, recipients: &[Recipient], size: u64) -> Outcome {
+        let site = Site { rules: self.site_rules(), mixed: Mixed::Deliver };
+        let mut ballot = Ballot::new(envelope, recipients, size, site);
+        ballot.give_up(&Opinion::Accept);
+        let opinion = ballot.outcome();
+        let (why, changes, started) = ("larger than max-message", String::new(), Instant::now());
+        let (verdicts, size) = (Some(ballot.lines()), Some(size));
+        Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started }.log();
         Outcome::unchanged(opinion)
     }
 

@@ -95,10 +95,10 @@ impl Reply {
     }
 
     /// One reply for recipients that differ: the default codes and a line for each address, up to [`MAX_LINES`].
-    pub fn per_recipient(verdict: Verdict, replies: &[(&Address, &Self)]) -> Self {
+    pub fn per_recipient(verdict: Verdict, replies: &[(&Address, &Self)], smtputf8: bool) -> Self {
         let default = Self::default_of(verdict);
         let line = |(address, reply): &(&Address, &Self)| {
-            clean_line(&format!("<{address}>: {}", reply.lines.join(" ")), true)
+            clean_line(&format!("<{address}>: {}", reply.lines.join(" ")), smtputf8)
         };
         let mut lines: Vec<String> = if replies.len() <= MAX_LINES {
             replies.iter().map(line).collect()
@@ -283,7 +283,7 @@ mod tests {
         let addresses: Vec<_> =
             (0..40).map(|n| Address::parse(format!("u{n}@x.example").as_bytes()).unwrap()).collect();
         let pairs: Vec<_> = addresses.iter().map(|a| (a, &reply)).collect();
-        let all = Reply::per_recipient(Verdict::Reject, &pairs);
+        let all = Reply::per_recipient(Verdict::Reject, &pairs, false);
         assert_eq!(all.lines.len(), MAX_LINES);
         assert_eq!(all.lines[31], "and 9 more recipients");
     }

@@ -41,3 +41,16 @@ pub fn decide(
     let by = ruling.rule.map_or_else(|| format!("{whose}default rule"), |n| format!("{whose}rule {n}"));
     Some(Decision { opinion, by })
 }
+
+/// As [`decide`], of a user's own rules before the size is known for certain: rules that look at it may still
+/// refuse at the end of the message what they would let in now, so that only a refusal counts.
+pub fn decide_early(
+    rules: &Rules,
+    envelope: &Envelope,
+    recipient: &Address,
+    declared_size: Option<u64>,
+) -> Option<Decision> {
+    let decision = decide(rules, "", envelope, recipient, declared_size)?;
+    let may_change = decision.opinion == Opinion::Accept && rules.depends_on_size();
+    (!may_change).then_some(decision)
+}

@@ -111,8 +111,8 @@ pub fn close_on_exec_from(first: u32) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
-/// Closes, in a forked child, every descriptor from 3 on that is not in the list, under the same promise as
-/// [`close_in_child`].
+/// Closes every descriptor from 3 on that is not in the list: in a forked child, under the same promise as
+/// [`close_in_child`], or at the start of a program, when nothing else is its own.
 ///
 /// # Errors
 ///
@@ -125,7 +125,7 @@ pub fn close_all_but(kept: &[RawFd]) -> nix::Result<()> {
     for limit in kept.into_iter().map(Some).chain([None]) {
         let last = limit.map_or(u32::MAX, |fd| fd - 1);
         if first <= last {
-            // SAFETY: closing takes numbers; nothing in the child uses these descriptors, as the caller promises.
+            // SAFETY: closing takes numbers; nothing uses these descriptors again, as the caller promises.
             let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
             Errno::result(result)?;
         }

@@ -88,8 +88,8 @@ pub fn of_recipient<'a>(users: impl IntoIterator<Item = &'a Opinion>) -> Opinion
 /// The outcome of a transaction: all recipients reject → reject; somebody accepts → accept; else defer.
 ///
 /// The reply is that of the recipients of the winning class if they agree on one, else one with a line for
-/// each of their addresses, in the order given.
-pub fn of_transaction(recipients: &[(&Address, &Opinion)]) -> Opinion {
+/// each of their addresses, in the order given; beyond ASCII only if the client speaks SMTPUTF8.
+pub fn of_transaction(recipients: &[(&Address, &Opinion)], smtputf8: bool) -> Opinion {
     let has = |verdict| recipients.iter().any(|(_, opinion)| opinion.verdict() == verdict);
     if recipients.is_empty() || has(Verdict::Accept) {
         return Opinion::Accept;
@@ -106,7 +106,7 @@ pub fn of_transaction(recipients: &[(&Address, &Opinion)]) -> Opinion {
     let reply = if replies.iter().all(|(_, reply)| reply == first) {
         (*first).clone()
     } else {
-        Reply::per_recipient(class, &replies)
+        Reply::per_recipient(class, &replies, smtputf8)
     };
     match class {
         Verdict::Reject => Opinion::Reject(reply),
@@ -160,7 +160,7 @@ mod tests {
             let addresses = addresses(recipients.len());
             let pairs: Vec<_> = addresses.iter().zip(&recipients).collect();
             let verdicts: Vec<_> = recipients.iter().map(Opinion::verdict).collect();
-            prop_assert_eq!(of_transaction(&pairs).verdict(), naive(&verdicts));
+            prop_assert_eq!(of_transaction(&pairs, false).verdict(), naive(&verdicts));
         }
 
         #[test]
@@ -168,7 +168,7 @@ mod tests {
             let addresses = addresses(recipients.len());
             let forward: Vec<_> = addresses.iter().zip(&recipients).collect();
             let backward: Vec<_> = addresses.iter().zip(recipients.iter().rev()).collect();
-            prop_assert_eq!(of_transaction(&forward).verdict(), of_transaction(&backward).verdict());
+            prop_assert_eq!(of_transaction(&forward, false).verdict(), of_transaction(&backward, false).verdict());
         }
 
         #[test]
@@ -176,7 +176,7 @@ mod tests {
             recipients.insert(at.min(recipients.len()), Opinion::Accept);
             let addresses = addresses(recipients.len());
             let pairs: Vec<_> = addresses.iter().zip(&recipients).collect();
-            prop_assert_eq!(of_transaction(&pairs), Opinion::Accept);
+            prop_assert_eq!(of_transaction(&pairs, false), Opinion::Accept);
         }
 
         #[test]
@@ -186,7 +186,7 @@ mod tests {
                 let all: Vec<_> = known.iter().chain(&rest).collect();
                 let addresses = addresses(all.len());
                 let pairs: Vec<_> = addresses.iter().zip(all).collect();
-                prop_assert_eq!(of_transaction(&pairs), Opinion::Accept);
+                prop_assert_eq!(of_transaction(&pairs, false), Opinion::Accept);
             }
         }
     }
@@ -196,9 +196,9 @@ mod tests {
         let addresses = addresses(2);
         let no = Opinion::Reject(Reply::from_text(Verdict::Reject, "no", false));
         let never = Opinion::Reject(Reply::from_text(Verdict::Reject, "554 5.6.0 never", false));
-        let same = of_transaction(&[(&addresses[0], &no), (&addresses[1], &no)]);
+        let same = of_transaction(&[(&addresses[0], &no), (&addresses[1], &no)], false);
         assert_eq!(same, no);
-        let differ = of_transaction(&[(&addresses[0], &no), (&addresses[1], &never)]);
+        let differ = of_transaction(&[(&addresses[0], &no), (&addresses[1], &never)], false);
         assert_eq!(
             differ.reply().unwrap().to_string(),
             "550-5.7.1 <user0@example.org>: no\n550 5.7.1 <user1@example.org>: never"
@@ -210,6 +210,6 @@ mod tests {
         let addresses = addresses(2);
         let no = Opinion::Reject(Reply::from_text(Verdict::Reject, "no", false));
         let later = Opinion::Defer(Reply::from_text(Verdict::Defer, "later", false));
-        assert_eq!(of_transaction(&[(&addresses[0], &no), (&addresses[1], &later)]), later);
+        assert_eq!(of_transaction(&[(&addresses[0], &no), (&addresses[1], &later)], false), later);
     }
 }

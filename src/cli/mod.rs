@@ -2,6 +2,7 @@
 
 mod check;
 mod init;
+mod resolve;
 mod serve;
 mod try_out;
 
@@ -40,6 +41,8 @@ enum Command {
     Serve(ConfigArguments),
     /// Validate the configuration: exit status 0, or 78 with the place of the fault.
     Check(ConfigArguments),
+    /// Show, step by step, which users addresses mean, and what these have.
+    Resolve(resolve::Arguments),
     /// Run rules and filter as the daemon would, on the message on standard input.
     ///
     /// The exit status is 0 for accept, 77 for reject, 75 for defer, and 70 for a filter error. Root can try
@@ -69,6 +72,7 @@ pub fn run() -> ExitCode {
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments.config),
         Command::Check(arguments) => check::run(arguments.config.as_deref()),
+        Command::Resolve(arguments) => resolve::run(arguments),
         Command::Try(arguments) => try_out::run(arguments),
         Command::Init(arguments) => init::run(&arguments),
     }

@@ -9,9 +9,14 @@ use crate::{
     config::Config,
     logging::{self, Chain},
     monitor::{self, MonitorError},
+    sys,
 };
 
 pub(super) fn run(config_path: Option<PathBuf>) -> ExitCode {
+    // What whoever started us left open by mistake must reach neither the worker nor a user's filter.
+    if let Err(error) = sys::close_all_but(&[]) {
+        eprintln!("usermilter: cannot close inherited descriptors: {error}");
+    }
     let config = match Config::load(config_path.as_deref()) {
         Ok(config) => config,
         Err(error) => {

@@ -67,8 +67,8 @@ struct Transaction {
 
 enum Content {
     Spooling(Spool),
-    /// Not kept: larger than `max-message`.
-    TooLarge,
+    /// Not kept: larger than `max-message`. Bytes that had come when this was clear.
+    TooLarge(u64),
     /// Not kept: our own trouble.
     Failed(String),
 }
@@ -299,9 +299,10 @@ impl Session {
         self.write(move |spool| spool.body(&chunk)).await;
         let limit = self.settings.filter.max_message.0;
         if let State::Message(_, content) = &mut self.state
-            && matches!(content, Content::Spooling(spool) if spool.size() > limit)
+            && let Content::Spooling(spool) = content
+            && spool.size() > limit
         {
-            *content = Content::TooLarge;
+            *content = Content::TooLarge(spool.size());
         }
         let is_kept = matches!(self.state, State::Message(_, Content::Spooling(_)));
         // The rest of the body is of no use then. Elsewhere than here Sendmail takes SKIP for more than it says.
@@ -341,13 +342,7 @@ impl Session {
         let Transaction { envelope, recipients, .. } = *transaction;
         let spool = match content {
             Content::Spooling(spool) => spool,
-            Content::TooLarge => {
-                return ready(self.pipeline.without_message(
-                    &envelope,
-                    &recipients,
-                    "larger than max-message",
-                ));
-            }
+            Content::TooLarge(size) => return ready(self.pipeline.too_large(&envelope, &recipients, size)),
             Content::Failed(why) => {
                 return ready(self.pipeline.on_trouble(&envelope, &recipients, &why));
             }

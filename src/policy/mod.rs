@@ -36,6 +36,10 @@ const IDLE_TIME_LIMIT: Duration = Duration::from_secs(1000);
 /// An answer that the client does not take for as long ends the connection.
 const WRITE_TIME_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long a worker that leaves waits for the first request of a connection. Without an answer on a new connection,
+/// after that on an old one was lost, Postfix gives up: 451 4.3.5.
+const FIRST_REQUEST_TIME_LIMIT: Duration = Duration::from_secs(1);
+
 /// The answer that leaves the decision to others.
 const DUNNO: &str = "DUNNO";
 
@@ -67,13 +71,21 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut framed = Framed::new(stream, PolicyCodec::default());
+    let mut is_new = true;
     loop {
+        let leave = async {
+            let _ = drain.wait_for(Option::is_some).await;
+            if is_new {
+                tokio::time::sleep(FIRST_REQUEST_TIME_LIMIT).await;
+            }
+        };
         let next = tokio::select! {
             biased;
             next = timeout(IDLE_TIME_LIMIT, framed.next()) => next,
             // Between requests a connection can go at any time: Postfix makes another.
-            _ = drain.wait_for(Option::is_some), if framed.read_buffer().is_empty() => return,
+            () = leave, if framed.read_buffer().is_empty() => return,
         };
+        is_new = false;
         let request = match next {
             Ok(Some(Ok(request))) => request,
             Ok(Some(Err(error))) => {

@@ -15,7 +15,7 @@ use nix::{errno::Errno, fcntl::OFlag};
 use tokio::{
     io::{AsyncReadExt, Interest, unix::AsyncFd},
     net::unix::pipe,
-    sync::{Semaphore, oneshot, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch},
     time::timeout,
 };
 use tracing::error;
@@ -55,10 +55,18 @@ pub struct Drain {
 #[derive(Debug)]
 pub struct Monitor {
     socket: AsyncFd<OwnedFd>,
-    waiting: Mutex<HashMap<JobId, oneshot::Sender<Ended>>>,
+    waiting: Mutex<HashMap<JobId, Waiting>>,
     next_job: AtomicU32,
-    inspections: Semaphore,
+    inspections: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
+}
+
+/// Who waits for a job, and the permit that it takes until the monitor has reaped it, even if nobody waits any more:
+/// a worker that starts more than it may is ended.
+#[derive(Debug)]
+struct Waiting {
+    sender: oneshot::Sender<Ended>,
+    _permit: OwnedSemaphorePermit,
 }
 
 /// How a job ended.
@@ -115,6 +123,8 @@ pub struct RunRequest {
     pub time_limit: Duration,
     /// Standard input; `None`: empty.
     pub message: Option<OwnedFd>,
+    /// One of `filter.max-processes`.
+    pub permit: OwnedSemaphorePermit,
 }
 
 impl Monitor {
@@ -128,7 +138,7 @@ impl Monitor {
             socket: sys::watch(socket)?,
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
-            inspections: Semaphore::new(MAX_INSPECTIONS),
+            inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
             drain: watch::Sender::new(None),
         });
         tokio::spawn(Arc::clone(&monitor).listen());
@@ -141,7 +151,7 @@ impl Monitor {
     ///
     /// If the monitor is gone.
     pub async fn ready(&self) -> io::Result<()> {
-        self.send(&Request::Ready, &[]).await
+        self.send_packet(&Request::Ready, &[]).await
     }
 
     /// Resolves when the monitor asks to drain, or changes how.
@@ -155,11 +165,11 @@ impl Monitor {
     ///
     /// [`InspectError`]
     pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
-        let _permit = self.inspections.acquire().await.map_err(io::Error::other)?;
+        let permit = Arc::clone(&self.inspections).acquire_owned().await.map_err(io::Error::other)?;
         let (report, theirs) = report_pipe()?;
-        let (job, ended) = self.new_job();
-        let request = Request::Inspect { job: job.id, user: user.clone() };
-        self.send(&request, &[&theirs]).await?;
+        let (job, ended) = self.new_job(permit);
+        let request = Request::Inspect { job, user: user.clone() };
+        self.send(job, &request, &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
         let mut report = pipe::Receiver::from_owned_fd(report)?.take(MAX_REPORT as u64);
@@ -186,13 +196,13 @@ impl Monitor {
         let (report, their_report) = report_pipe()?;
         let (output, their_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
         let (error_output, their_error_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        let (job, mut ended) = self.new_job();
-        let RunRequest { user, phase, extension, variables, time_limit, message } = request;
+        let RunRequest { user, phase, extension, variables, time_limit, message, permit } = request;
+        let (job, mut ended) = self.new_job(permit);
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
-        let packet = Request::Run { job: job.id, user, phase, extension, variables, time_limit };
+        let packet = Request::Run { job, user, phase, extension, variables, time_limit };
         let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
         descriptors.extend([&their_output, &their_error_output, &their_report]);
-        self.send(&packet, &descriptors).await?;
+        self.send(job, &packet, &descriptors).await?;
         drop((message, their_output, their_error_output, their_report));
 
         let mut output = Capture::new(output, MAX_OUTPUT)?;
@@ -218,18 +228,27 @@ impl Monitor {
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
 
-    fn new_job(&self) -> (Job<'_>, oneshot::Receiver<Ended>) {
+    fn new_job(&self, permit: OwnedSemaphorePermit) -> (JobId, oneshot::Receiver<Ended>) {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
-        self.waiting().insert(id, sender);
-        (Job { id, monitor: self }, receiver)
+        self.waiting().insert(id, Waiting { sender, _permit: permit });
+        (id, receiver)
     }
 
-    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, oneshot::Sender<Ended>>> {
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, Waiting>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn send(&self, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    /// Sends a request for a job, of which nothing will be heard if that fails.
+    async fn send(&self, job: JobId, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+        let sent = self.send_packet(request, descriptors).await;
+        if sent.is_err() {
+            self.waiting().remove(&job);
+        }
+        sent
+    }
+
+    async fn send_packet(&self, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let packet = monitor::encode(request).map_err(io::Error::other)?;
         if packet.len() > MAX_PACKET {
             return Err(io::Error::other("request is too long for the monitor"));
@@ -259,8 +278,8 @@ impl Monitor {
             };
             match event {
                 Ok(Event::Finished { job, end, elapsed }) => {
-                    if let Some(sender) = self.waiting().remove(&job) {
-                        let _ = sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
+                    if let Some(waiting) = self.waiting().remove(&job) {
+                        let _ = waiting.sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
                     }
                 }
                 Ok(Event::Drain { connections }) => {
@@ -269,18 +288,6 @@ impl Monitor {
                 Err(malformed) => error!(error = %malformed, "the monitor speaks another language"),
             }
         }
-    }
-}
-
-/// A job's number, forgotten when nobody waits any more.
-struct Job<'a> {
-    id: JobId,
-    monitor: &'a Monitor,
-}
-
-impl Drop for Job<'_> {
-    fn drop(&mut self) {
-        self.monitor.waiting().remove(&self.id);
     }
 }
 
