@@ -214,10 +214,7 @@ pub struct Inspection {
 impl Inspection {
     /// The filter that would run for an extension, if any.
     pub fn filter(&self, phase: Phase, extension: Option<&str>) -> Option<&FilterFile> {
-        if self.filters.is_empty() {
-            return None;
-        }
-        let candidates = phase.candidates(extension);
+        let candidates = if self.filters.is_empty() { Vec::new() } else { phase.candidates(extension) };
         let own = candidates.iter().find_map(|name| self.filters.iter().find(|file| &file.name == name));
         own.or(match phase {
             Phase::Recipient => self.fallback_recipient.as_ref(),
