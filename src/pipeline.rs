@@ -498,7 +498,7 @@ impl Pipeline {
             Mixed::Deliver => None,
             Mixed::Drop => Some(Change { raw, redirect_to: None }),
             Mixed::Redirect => {
-                let address = recipient.address.as_ref()?;
+                let address = recipient.mailbox()?;
                 let delimiters = &self.settings.recipients.delimiters;
                 let extension = recipient.redirect_extension();
                 let extension = extension.unwrap_or(&self.settings.verdicts.redirect_extension);

@@ -129,6 +129,16 @@ impl Recipient {
         self.wish(Rules::mixed).map_or(site, |wish| wish.min(site))
     }
 
+    /// The mailbox whose extension a refused copy can go to. Where another address leads to one user, it is the user's
+    /// own: what leads there need not know extensions (Sendmail's virtusertable), or loses them (local aliases of Postfix).
+    pub fn mailbox(&self) -> Option<&Address> {
+        let named = self.address.as_ref()?;
+        match self.judges() {
+            [judge] if !judge.address.local().eq_ignore_ascii_case(named.local()) => Some(&judge.address),
+            _ => Some(named),
+        }
+    }
+
     /// The extension to redirect to, if the user wants another than the site's.
     pub fn redirect_extension(&self) -> Option<&str> {
         self.wish(Rules::redirect_extension)
