@@ -47,6 +47,16 @@ pub enum Request {
         /// Time limit, in milliseconds; the configuration's limit holds if it is shorter.
         time_limit: u64,
     },
+    /// Append to the log that a user keeps, if there is one. Descriptor: the report pipe, which stays empty if it went
+    /// well.
+    Log {
+        /// The job.
+        job: JobId,
+        /// Whose log.
+        user: User,
+        /// What to append.
+        text: String,
+    },
 }
 
 /// What the monitor tells a worker.
