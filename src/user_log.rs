@@ -3,9 +3,12 @@
 //! A line for each verdict, and what the filter wrote to standard error; appended by a child of the monitor that has
 //! become the user, in the background, so that no session waits for a home that hangs.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
-use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
@@ -18,12 +21,17 @@ use crate::{
     record,
     reply::Reply,
     transaction::Envelope,
+    user::{User, UserName},
     verdict::{Opinion, Verdict},
     worker::Monitor,
 };
 
-/// Entries that wait to be written or are being written; more are dropped. Strangers choose how many there are.
-const MAX_WAITING: usize = 512;
+/// Users whose logs are written to at a time, or wait for it. Strangers choose how much there is to tell, so there are
+/// bounds; what is beyond is dropped.
+const MAX_USERS: usize = 512;
+
+/// Bytes that wait for one user. An entry is shorter than half of it, and a request to the monitor must hold all.
+const MAX_PENDING: usize = 144 * 1024;
 
 /// Bytes told of one filter's standard error, give or take a line: the 16 KiB that are kept, with time stamps and escapes.
 const MAX_ERROR_LINES_LENGTH: usize = 64 * 1024;
@@ -33,13 +41,16 @@ const MAX_ERROR_LINES_LENGTH: usize = 64 * 1024;
 pub struct UserLog {
     monitor: Arc<Monitor>,
     tracker: TaskTracker,
-    room: Arc<Semaphore>,
+    pending: Arc<Pending>,
 }
+
+/// What is to be written next; a user is in it as long as somebody writes for them.
+type Pending = Mutex<HashMap<UserName, String>>;
 
 impl UserLog {
     /// For a worker. `tracker`: gets the tasks, so that the worker does not leave before they are done.
     pub fn new(monitor: Arc<Monitor>, tracker: TaskTracker) -> Self {
-        Self { monitor, tracker, room: Arc::new(Semaphore::new(MAX_WAITING)) }
+        Self { monitor, tracker, pending: Arc::default() }
     }
 
     /// Tells each user, if they keep a log, what became of a verdict.
@@ -65,19 +76,42 @@ impl UserLog {
         }
     }
 
+    /// Entries of a user are written one after the other, those that have come meanwhile at once.
     fn append(&self, judge: &Judge, entry: String) {
-        let (user, monitor) = (judge.user.clone(), Arc::clone(&self.monitor));
-        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
-            warn!("user {}: an entry for their log is dropped: too many wait", user.name);
-            return;
-        };
-        self.tracker.spawn(async move {
-            if let Err(error) = monitor.append_to_log(&user, entry).await {
-                warn!("user {}: log: {}", user.name, Quoted(&error.to_string()));
+        let user = judge.user.clone();
+        let mut pending = lock(&self.pending);
+        let has_room = pending.len() < MAX_USERS;
+        match pending.get_mut(&user.name) {
+            Some(text) if text.len() + entry.len() <= MAX_PENDING => text.push_str(&entry),
+            None if has_room => {
+                pending.insert(user.name.clone(), entry);
+                self.tracker.spawn(write(Arc::clone(&self.monitor), Arc::clone(&self.pending), user));
             }
-            drop(room);
-        });
+            _ => warn!("user {}: log: too much waits to be written; an entry is dropped", user.name),
+        }
     }
+}
+
+/// Writes until nothing is left.
+async fn write(monitor: Arc<Monitor>, pending: Arc<Pending>, user: User) {
+    while let Some(text) = next(&pending, &user.name) {
+        if let Err(error) = monitor.append_to_log(&user, text).await {
+            warn!("user {}: log: {}", user.name, Quoted(&error.to_string()));
+        }
+    }
+}
+
+fn next(pending: &Pending, user: &UserName) -> Option<String> {
+    let mut pending = lock(pending);
+    let text = pending.get_mut(user).map(std::mem::take).filter(|text| !text.is_empty());
+    if text.is_none() {
+        pending.remove(user);
+    }
+    text
+}
+
+fn lock(pending: &Pending) -> MutexGuard<'_, HashMap<UserName, String>> {
+    pending.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Time and queue id.
