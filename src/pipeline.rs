@@ -13,7 +13,7 @@ use tracing::warn;
 use crate::{
     address::{Address, AddressError},
     answers::Answers,
-    ballot::{Ballot, Site},
+    ballot::{Ballot, Site, Told},
     config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
     filter::{Answer, Filters, Question, Room},
@@ -28,6 +28,7 @@ use crate::{
     ruling::{self, Ruled},
     spool::Message,
     transaction::{Client, Envelope, RecipientArgument},
+    user_log::UserLog,
     verdict::{self, Opinion},
     worker::{InspectError, Monitor},
 };
@@ -43,6 +44,7 @@ pub struct Pipeline {
     inspector: Inspector,
     filters: Arc<Filters>,
     answers: Answers,
+    user_log: UserLog,
     /// What must be finished before the worker may leave.
     tracker: TaskTracker,
 }
@@ -79,6 +81,7 @@ impl Pipeline {
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(Filters::new(Arc::clone(monitor), settings.filter.clone())),
             answers: Answers::new(),
+            user_log: UserLog::new(Arc::clone(monitor), tracker.clone()),
             settings,
             tracker,
         }
@@ -101,8 +104,18 @@ impl Pipeline {
         }
         if let Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) = recipient.known() {
             record::refused_recipient(envelope, &recipient, &opinion, started);
+            self.tell_users(envelope, std::slice::from_ref(&recipient), &opinion);
         }
         recipient
+    }
+
+    /// Tells users, in their own logs, what became of verdicts that were known before the message.
+    fn tell_users(&self, envelope: &Envelope, recipients: &[Recipient], outcome: &Opinion) {
+        for recipient in recipients {
+            let told: Vec<_> =
+                recipient.judges().iter().map(|judge| Told::before_message(recipient, judge)).collect();
+            self.user_log.verdicts(envelope, &told, outcome, &[]);
+        }
     }
 
     /// Puts a recipient off that would be judged by another filter than the transaction's first.
@@ -291,6 +304,7 @@ impl Pipeline {
                 self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
                 record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
+                self.user_log.recipient_filter(envelope, judge, &filter.name, answer);
             }
             answer
         };
@@ -399,6 +413,7 @@ impl Pipeline {
         let record =
             Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started };
         record.log();
+        self.tell_users(envelope, recipients, &opinion);
         Outcome::unchanged(opinion)
     }
 
@@ -412,6 +427,7 @@ impl Pipeline {
         let (why, changes, started) = ("larger than max-message", String::new(), Instant::now());
         let (verdicts, size) = (Some(ballot.lines()), Some(size));
         Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started }.log();
+        self.user_log.verdicts(envelope, &ballot.told(), &opinion, &[]);
         Outcome::unchanged(opinion)
     }
 
@@ -495,6 +511,7 @@ impl Pipeline {
         let opinion = &outcome.opinion;
         let size = Some(size);
         Record { envelope, recipients, verdicts, opinion, why: "", changes, size, started }.log();
+        self.user_log.verdicts(envelope, &ballot.told(), opinion, &outcome.changes);
     }
 
     /// The answers come in any order, each with the number of its poll.

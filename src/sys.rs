@@ -291,6 +291,16 @@ pub fn reopen_for_reading(descriptor: impl AsFd) -> io::Result<OwnedFd> {
     std::fs::File::open(path).map(OwnedFd::from)
 }
 
+/// The same for writing at the end of the file.
+///
+/// # Errors
+///
+/// As open(2) of /proc/self/fd/N.
+pub fn reopen_for_appending(descriptor: impl AsFd) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd());
+    std::fs::OpenOptions::new().append(true).open(path).map(OwnedFd::from)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -31,6 +31,7 @@ use nix::{
 
 use super::{
     checks::{self, CheckError},
+    user_log,
     wire::{self, FilterFile, Inspection, Phase, Refusal, Report, RulesSource, Variable},
 };
 use crate::{
@@ -126,6 +127,26 @@ impl Child<'_> {
         };
         send(report, &report_text);
         status
+    }
+
+    /// Appends to the user's log, if there is one, and reports only what went wrong. Returns the exit status.
+    pub(super) fn log(&self, user: &User, text: &str, report: &OwnedFd) -> i32 {
+        if check_pipe("report", report).is_err() {
+            return NOT_RUN;
+        }
+        let outcome = self.become_user(user).and_then(|identity| {
+            let path = identity.home.join(&self.settings.directory).join("log");
+            umask(Mode::S_IRWXG | Mode::S_IRWXO);
+            user_log::append(&path, identity.uid.as_raw(), text)
+                .map_err(|failed| Refusal::Check(failed.to_string()))
+        });
+        match outcome {
+            Ok(()) => 0,
+            Err(refusal) => {
+                send(report, &Report::Refusal(refusal));
+                NOT_RUN
+            }
+        }
     }
 
     /// Becomes the user's filter. Returns only if it could not, with the exit status.

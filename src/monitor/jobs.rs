@@ -25,11 +25,12 @@ use crate::{
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Time limit of an inspection, which only looks at a few files; a home that hangs must not hold it for ever.
-const INSPECT_TIME_LIMIT: Duration = Duration::from_secs(10);
+/// Time limit of an inspection or an entry for a log, which only touch a few files; a home that hangs must not hold them
+/// for ever.
+const FILES_TIME_LIMIT: Duration = Duration::from_secs(10);
 
-/// Inspections that a worker may have under way, beside `max-processes` filters.
-pub(super) const MAX_INSPECTIONS: usize = 32;
+/// Inspections and entries for logs that a worker may have under way, beside `max-processes` filters.
+pub(super) const MAX_FILE_JOBS: usize = 32;
 
 /// Number by which the monitor tells its workers apart.
 pub(super) type WorkerId = u64;
@@ -82,7 +83,7 @@ impl Jobs {
 
     /// Jobs that a worker may have under way.
     pub(super) fn limit(settings: &Filter) -> usize {
-        settings.max_processes + MAX_INSPECTIONS
+        settings.max_processes + MAX_FILE_JOBS
     }
 
     /// Starts the child that a request asks for. `Some` if it could not be forked, or there are too many already: an
@@ -102,10 +103,12 @@ impl Jobs {
         let (id, time_limit, forked) = match request {
             Request::Ready => return Err(BadRequest::NoJob),
             Request::Inspect { job, user } => {
-                let [report] = descriptors else {
-                    return Err(BadRequest::Descriptors(descriptors.len()));
-                };
-                (*job, INSPECT_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))
+                let report = only(descriptors)?;
+                (*job, FILES_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))
+            }
+            Request::Log { job, user, text } => {
+                let report = only(descriptors)?;
+                (*job, FILES_TIME_LIMIT, fork_job(descriptors, &|| child.log(user, text, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
                 let (stdin, stdout, stderr, report) = match descriptors {
@@ -203,6 +206,13 @@ fn fork_job(descriptors: &[OwnedFd], job: impl FnOnce() -> i32) -> nix::Result<P
         Ok(()) => job(),
         Err(_) => 1,
     })
+}
+
+fn only(descriptors: &[OwnedFd]) -> Result<&OwnedFd, BadRequest> {
+    match descriptors {
+        [descriptor] => Ok(descriptor),
+        _ => Err(BadRequest::Descriptors(descriptors.len())),
+    }
 }
 
 /// Signals a child and its group; a child that has no group yet is alone.
