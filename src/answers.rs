@@ -5,7 +5,13 @@
 //! rules say is remembered for the *other* interface only: an interface that asks again asks about another mail, and
 //! is to see an edit of `rules.toml` at once.
 
-use std::{collections::hash_map::RandomState, future::Future, hash::BuildHasher, sync::Arc, time::Duration};
+use std::{
+    collections::hash_map::RandomState,
+    future::Future,
+    hash::BuildHasher,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use moka::{future, sync};
 
@@ -20,6 +26,9 @@ use crate::{
 /// How long an answer is good for the same question.
 const ANSWER_TTL: Duration = Duration::from_secs(60);
 
+/// How long rules that say the same again are not remembered anew, which costs more than asking them.
+const RULES_MARGIN: Duration = Duration::from_secs(10);
+
 /// Answers remembered of either kind. Strangers choose what is asked, so there is a bound.
 const MAX_ANSWERS: u64 = 10_000;
 
@@ -28,6 +37,9 @@ const MAX_ANSWERS: u64 = 10_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RecipientQuestion([u64; 2]);
 
+/// Which interface asked the rules, what they said, and since when that is remembered.
+type Remembered = (Interface, Arc<Ruled>, Instant);
+
 /// What was said in the last minute.
 #[derive(Debug)]
 pub struct Answers {
@@ -35,7 +47,7 @@ pub struct Answers {
     /// By question and executable.
     executables: future::Cache<(RecipientQuestion, String), Answer>,
     /// By question and declared size; with the interface that asked.
-    rules: sync::Cache<(RecipientQuestion, Option<u64>), (Interface, Arc<Ruled>)>,
+    rules: sync::Cache<(RecipientQuestion, Option<u64>), Remembered>,
 }
 
 impl Answers {
@@ -45,7 +57,10 @@ impl Answers {
         Self {
             keys: [RandomState::new(), RandomState::new()],
             executables: future::Cache::builder().max_capacity(MAX_ANSWERS).time_to_live(ANSWER_TTL).build(),
-            rules: sync::Cache::builder().max_capacity(MAX_ANSWERS).time_to_live(ANSWER_TTL).build(),
+            rules: sync::Cache::builder()
+                .max_capacity(MAX_ANSWERS)
+                .time_to_live(ANSWER_TTL + RULES_MARGIN)
+                .build(),
         }
     }
 
@@ -91,12 +106,20 @@ impl Answers {
         judge: impl FnOnce() -> Ruled,
     ) -> Arc<Ruled> {
         let key = (question, envelope.declared_size);
-        match self.rules.get(&key) {
-            Some((asker, ruled)) if asker != envelope.interface => ruled,
-            _ => {
-                let ruled = Arc::new(judge());
-                self.rules.insert(key, (envelope.interface, Arc::clone(&ruled)));
-                ruled
+        let known = self.rules.get(&key);
+        match known {
+            Some((asker, ruled, _)) if asker != envelope.interface => ruled,
+            known => {
+                let ruled = judge();
+                match known {
+                    // As when one client writes to one user again and again.
+                    Some((_, known, since)) if *known == ruled && since.elapsed() < RULES_MARGIN => known,
+                    _ => {
+                        let ruled = Arc::new(ruled);
+                        self.rules.insert(key, (envelope.interface, Arc::clone(&ruled), Instant::now()));
+                        ruled
+                    }
+                }
             }
         }
     }

@@ -13,7 +13,7 @@ use moka::future::Cache;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::watch,
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_util::codec::Framed;
 use tracing::{debug, warn};
@@ -81,33 +81,45 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut framed = Framed::new(stream, PolicyCodec::default());
-    let mut is_new = true;
+    // Both outlive the requests: to set them up anew for each would take longer than most answers.
+    let leave = drain.wait_for(Option::is_some);
+    let silence = tokio::time::sleep(IDLE_TIME_LIMIT);
+    tokio::pin!(leave, silence);
+    let (mut heard, mut patience) = (Instant::now(), IDLE_TIME_LIMIT);
+    let (mut is_new, mut is_leaving) = (true, false);
     loop {
-        let leave = async {
-            let _ = drain.wait_for(Option::is_some).await;
-            if is_new {
-                tokio::time::sleep(FIRST_REQUEST_TIME_LIMIT).await;
-            }
-        };
+        // Between requests a connection can go at any time: Postfix makes another.
+        if is_leaving && !is_new && framed.read_buffer().is_empty() {
+            return;
+        }
         let next = tokio::select! {
             biased;
-            next = timeout(IDLE_TIME_LIMIT, framed.next()) => next,
-            // Between requests a connection can go at any time: Postfix makes another.
-            () = leave, if framed.read_buffer().is_empty() => return,
+            next = framed.next() => next,
+            _ = &mut leave, if !is_leaving => {
+                is_leaving = true;
+                (heard, patience) = (Instant::now(), FIRST_REQUEST_TIME_LIMIT);
+                silence.as_mut().reset(heard + patience);
+                continue;
+            }
+            () = &mut silence => {
+                if heard.elapsed() >= patience {
+                    debug!(interface = "policy", "idle connection closed");
+                    return;
+                }
+                silence.as_mut().reset(heard + patience);
+                continue;
+            }
         };
+        heard = Instant::now();
         is_new = false;
         let request = match next {
-            Ok(Some(Ok(request))) => request,
-            Ok(Some(Err(error))) => {
+            Some(Ok(request)) => request,
+            Some(Err(error)) => {
                 warn!(interface = "policy", "connection closed: {}", Chain(&error));
                 finish(&mut framed).await;
                 return;
             }
-            Ok(None) => return,
-            Err(_) => {
-                debug!(interface = "policy", "idle connection closed");
-                return;
-            }
+            None => return,
         };
         let Some(action) = answer(&service, &request).await else {
             warn!(interface = "policy", "connection closed: request is not smtpd_access_policy");
