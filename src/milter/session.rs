@@ -173,10 +173,12 @@ impl Session {
         if let Some(name) = &name {
             client.name = client_name(name);
         }
-        if name.as_deref() == Some("localhost") {
-            // Submission without SMTP: Postfix says port 0, Sendmail has no address.
-            let port = value(macros, c"{client_port}");
-            client.is_local = port.as_deref() == Some("0") || client.address.is_none();
+        // Submission without a connection: both say port 0; Postfix names localhost, sendmail -bs has address 0 and no name.
+        if value(macros, c"{client_port}").as_deref() == Some("0") {
+            let has_no_address = value(macros, c"{client_addr}").as_deref() == Some("0");
+            client.is_local = name.as_deref() == Some("localhost") || has_no_address;
+        } else if name.as_deref() == Some("localhost") {
+            client.is_local = client.address.is_none();
         }
         client.helo.clone_from(&self.helo);
         client.protocol = if self.helo.is_some() { "ESMTP".into() } else { String::new() };
