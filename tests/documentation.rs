@@ -557,7 +557,10 @@ fn tests_that_documents_name_exist() {
             if sentence
                 && !["milter_", "smtpd_", "lmtp_", "max_", "tls_"].iter().any(|prefix| word.starts_with(prefix))
             {
-                assert!(sources.contains(&format!("fn {word}(")), "{}: no test {word}", name.display());
+                // Some have a harness of their own, and are in a table.
+                let exists = [format!("fn {word}("), format!("(\"{word}\", ")];
+                let exists = exists.iter().any(|form| sources.contains(form.as_str()));
+                assert!(exists, "{}: no test {word}", name.display());
                 count += 1;
             }
         }
