@@ -555,7 +555,9 @@ fn tests_that_documents_name_exist() {
                 && word.chars().all(|c| c == '_' || c.is_ascii_lowercase() || c.is_ascii_digit());
             // Parameters of Postfix and OpenLDAP look alike.
             if sentence
-                && !["milter_", "smtpd_", "lmtp_", "max_", "tls_"].iter().any(|prefix| word.starts_with(prefix))
+                && !["milter_", "smtpd_", "lmtp_", "max_", "tls_"]
+                    .iter()
+                    .any(|prefix| word.starts_with(prefix))
             {
                 // Some have a harness of their own, and are in a table.
                 let exists = [format!("fn {word}("), format!("(\"{word}\", ")];
