@@ -5,12 +5,12 @@
 //! rules say is remembered for the *other* interface only: an interface that asks again asks about another mail, and
 //! is to see an edit of `rules.toml` at once.
 
-use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::hash_map::RandomState, future::Future, hash::BuildHasher, sync::Arc, time::Duration};
 
 use moka::{future, sync};
 
 use crate::{
-    address::{Address, Sender},
+    address::Address,
     filter::Answer,
     ruling::Ruled,
     transaction::{Envelope, Interface},
@@ -23,35 +23,15 @@ const ANSWER_TTL: Duration = Duration::from_secs(60);
 /// Answers remembered of either kind. Strangers choose what is asked, so there is a bound.
 const MAX_ANSWERS: u64 = 10_000;
 
-/// What makes two questions at RCPT TO the same.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct RecipientQuestion {
-    user: User,
-    client: (Option<IpAddr>, Option<String>),
-    helo: Option<String>,
-    sender: Sender,
-    /// As the client named it, and after aliases: filters see both. In one spelling, since Postfix tells a milter that
-    /// a local recipient is `alice` and a policy service `Alice`.
-    recipient: (String, String),
-}
-
-impl RecipientQuestion {
-    /// The question about `recipient`, which aliases have made `final_address`, put to one user.
-    pub fn new(user: &User, envelope: &Envelope, recipient: &Address, final_address: &Address) -> Self {
-        let client = &envelope.client;
-        Self {
-            user: user.clone(),
-            client: (client.address, client.name.clone()),
-            helo: client.helo.clone(),
-            sender: envelope.sender.clone(),
-            recipient: (recipient.key(), final_address.key()),
-        }
-    }
-}
+/// What makes two questions at RCPT TO the same, as a hash with keys that no stranger knows: the parts themselves would
+/// be a dozen strings to copy for every request of a policy client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RecipientQuestion([u64; 2]);
 
 /// What was said in the last minute.
 #[derive(Debug)]
 pub struct Answers {
+    keys: [RandomState; 2],
     /// By question and executable.
     executables: future::Cache<(RecipientQuestion, String), Answer>,
     /// By question and declared size; with the interface that asked.
@@ -63,9 +43,30 @@ impl Answers {
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         Self {
+            keys: [RandomState::new(), RandomState::new()],
             executables: future::Cache::builder().max_capacity(MAX_ANSWERS).time_to_live(ANSWER_TTL).build(),
             rules: sync::Cache::builder().max_capacity(MAX_ANSWERS).time_to_live(ANSWER_TTL).build(),
         }
+    }
+
+    /// The question about `recipient`, which aliases have made `final_address`, put to one user. Filters see both
+    /// addresses; here they are in one spelling, since Postfix tells a milter that a local recipient is `alice` and a
+    /// policy service `Alice`.
+    pub fn question(
+        &self,
+        user: &User,
+        envelope: &Envelope,
+        recipient: &Address,
+        final_address: &Address,
+    ) -> RecipientQuestion {
+        let client = &*envelope.client;
+        let parts = (
+            user,
+            (client.address, &client.name, &client.helo),
+            &envelope.sender,
+            (recipient.key(), final_address.key()),
+        );
+        RecipientQuestion([self.keys[0].hash_one(&parts), self.keys[1].hash_one(&parts)])
     }
 
     /// The answer of an executable: the remembered one, or that of `ask`, which runs once for simultaneous questions.
@@ -105,6 +106,7 @@ impl Answers {
 mod tests {
     use super::*;
     use crate::{
+        address::Sender,
         recipient::Decision,
         transaction::Client,
         user::{Account, UserName},
@@ -122,11 +124,11 @@ mod tests {
         }
     }
 
-    fn question(envelope: &Envelope) -> RecipientQuestion {
+    fn question(answers: &Answers, envelope: &Envelope) -> RecipientQuestion {
         let name = UserName::try_from("alice".to_owned()).unwrap();
         let user = User { name, account: Account::Passwd, program: None };
         let address = Address::parse(b"alice@example.org").unwrap();
-        RecipientQuestion::new(&user, envelope, &address, &address)
+        answers.question(&user, envelope, &address, &address)
     }
 
     fn ruled(by: &str) -> Ruled {
@@ -139,7 +141,7 @@ mod tests {
         let answers = Answers::new();
         let ask = |interface, by: &str| {
             let envelope = envelope(interface);
-            let answer = answers.of_rules(question(&envelope), &envelope, || ruled(by));
+            let answer = answers.of_rules(question(&answers, &envelope), &envelope, || ruled(by));
             answer.decision.as_ref().unwrap().by.clone()
         };
         assert_eq!(ask(Interface::Policy, "first"), "first");

@@ -180,29 +180,82 @@ impl<'a> Ballot<'a> {
         }
     }
 
-    /// For the log: each user's verdict, how it came about, and how long it took.
-    pub fn lines(&self) -> Vec<String> {
-        let mut lines = Vec::new();
+    /// What each user said, for each thing that was asked once.
+    pub fn told(&self) -> Vec<Told<'_>> {
+        let mut told = Vec::new();
         for (recipient, seats) in self.recipients.iter().zip(&self.seats) {
             for (n, seat) in seats.iter().enumerate() {
-                if let Seat::Decided(Decision { opinion, by }) = seat {
-                    let user = recipient.judges().get(n).map_or("-", |judge| judge.user.name.as_str());
-                    lines.push(format!("{user}={} ({by})", opinion.verdict().as_str()));
+                if let Seat::Decided(decision) = seat {
+                    told.push(Told::decided(recipient, recipient.judges().get(n), decision));
                 }
             }
         }
-        for poll in &self.polls {
-            let (user, filter) = (&poll.judge.user.name, &poll.filter);
-            lines.push(match &poll.state {
-                PollState::Answered(answer) => {
-                    let verdict = if answer.is_error { "error" } else { answer.opinion.verdict().as_str() };
-                    let seconds = answer.elapsed.as_secs_f64();
-                    format!("{user}={verdict} ({filter}: {}, {seconds:.3}s)", answer.status)
-                }
-                PollState::NotNeeded => format!("{user}=not-asked ({filter})"),
-                PollState::GivenUp(_) | PollState::Waiting => format!("{user}=error ({filter}: no answer)"),
-            });
-        }
-        lines
+        told.extend(self.polls.iter().map(|poll| self.told_by(poll)));
+        told
+    }
+
+    fn told_by(&self, poll: &'a Poll<'a>) -> Told<'a> {
+        let filter = poll.filter;
+        let (verdict, by, opinion, error_output) = match &poll.state {
+            PollState::Answered(answer) => {
+                let verdict = if answer.is_error { "error" } else { answer.opinion.verdict().as_str() };
+                let by = format!("{filter}: {}, {:.3}s", answer.status, answer.elapsed.as_secs_f64());
+                (verdict, by, Some(&answer.opinion), answer.error_output.as_str())
+            }
+            PollState::NotNeeded => ("not-asked", filter.to_owned(), None, ""),
+            PollState::GivenUp(opinion) => ("error", format!("{filter}: no answer"), Some(opinion), ""),
+            PollState::Waiting => ("error", format!("{filter}: no answer"), None, ""),
+        };
+        let recipients = poll.recipients.iter().map(|n| &self.recipients[*n]).collect();
+        Told { judge: Some(poll.judge), recipients, filter: Some(filter), verdict, by, opinion, error_output }
+    }
+
+    /// For the log: each user's verdict, how it came about, and how long it took.
+    pub fn lines(&self) -> Vec<String> {
+        self.told().iter().map(Told::line).collect()
+    }
+}
+
+/// What was said once: by whom, and for which recipients.
+pub struct Told<'a> {
+    /// The user; `None`: the site.
+    pub judge: Option<&'a Judge>,
+    /// The recipients.
+    pub recipients: Vec<&'a Recipient>,
+    /// The filter that was to be asked.
+    pub filter: Option<&'a str>,
+    /// The word for the log: a verdict, `error` or `not-asked`.
+    pub verdict: &'static str,
+    /// What it comes from.
+    pub by: String,
+    /// The opinion, if there is one.
+    pub opinion: Option<&'a Opinion>,
+    /// What the filter wrote to standard error.
+    pub error_output: &'a str,
+}
+
+impl<'a> Told<'a> {
+    /// What was known before the message was seen.
+    pub fn decided(recipient: &'a Recipient, judge: Option<&'a Judge>, decision: &'a Decision) -> Self {
+        let verdict = decision.opinion.verdict().as_str();
+        let (by, opinion) = (decision.by.clone(), Some(&decision.opinion));
+        Self { judge, recipients: vec![recipient], filter: None, verdict, by, opinion, error_output: "" }
+    }
+
+    /// What there is to tell of a user who was not, or not yet, asked about the message.
+    pub fn before_message(recipient: &'a Recipient, judge: &'a Judge) -> Self {
+        let (verdict, by) = match (&judge.decided, judge.message_filter()) {
+            (Some(decision), _) => return Self::decided(recipient, Some(judge), decision),
+            (None, Some(filter)) => ("not-asked", filter.to_owned()),
+            (None, None) => ("accept", "no filter".to_owned()),
+        };
+        let (judge, recipients) = (Some(judge), vec![recipient]);
+        Self { judge, recipients, filter: None, verdict, by, opinion: None, error_output: "" }
+    }
+
+    /// For the log, as `alice=reject (rule 2)`.
+    pub fn line(&self) -> String {
+        let user = self.judge.map_or("-", |judge| judge.user.name.as_str());
+        format!("{user}={} ({})", self.verdict, self.by)
     }
 }

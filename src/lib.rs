@@ -18,7 +18,7 @@
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
 //! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it
 //!   is asked; [`answers`]: what they have just said;
-//! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`]: what comes of it.
+//! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`], [`user_log`]: what comes of it.
 
 pub mod address;
 pub mod answers;
@@ -44,5 +44,6 @@ pub mod sys;
 pub mod trace_headers;
 pub mod transaction;
 pub mod user;
+pub mod user_log;
 pub mod verdict;
 pub mod worker;

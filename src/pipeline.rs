@@ -11,9 +11,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
 use crate::{
-    address::Address,
-    answers::{Answers, RecipientQuestion},
-    ballot::{Ballot, Site},
+    address::{Address, AddressError},
+    answers::Answers,
+    ballot::{Ballot, Site, Told},
     config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
     filter::{Answer, Filters, Question, Room},
@@ -28,6 +28,7 @@ use crate::{
     ruling::{self, Ruled},
     spool::Message,
     transaction::{Client, Envelope, RecipientArgument},
+    user_log::UserLog,
     verdict::{self, Opinion},
     worker::{InspectError, Monitor},
 };
@@ -43,6 +44,7 @@ pub struct Pipeline {
     inspector: Inspector,
     filters: Arc<Filters>,
     answers: Answers,
+    user_log: UserLog,
     /// What must be finished before the worker may leave.
     tracker: TaskTracker,
 }
@@ -79,6 +81,7 @@ impl Pipeline {
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(Filters::new(Arc::clone(monitor), settings.filter.clone())),
             answers: Answers::new(),
+            user_log: UserLog::new(Arc::clone(monitor), tracker.clone()),
             settings,
             tracker,
         }
@@ -101,8 +104,18 @@ impl Pipeline {
         }
         if let Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) = recipient.known() {
             record::refused_recipient(envelope, &recipient, &opinion, started);
+            self.tell_users(envelope, std::slice::from_ref(&recipient), &opinion);
         }
         recipient
+    }
+
+    /// Tells users, in their own logs, what became of verdicts that were known before the message.
+    fn tell_users(&self, envelope: &Envelope, recipients: &[Recipient], outcome: &Opinion) {
+        for recipient in recipients {
+            let told: Vec<_> =
+                recipient.judges().iter().map(|judge| Told::before_message(recipient, judge)).collect();
+            self.user_log.verdicts(envelope, &told, outcome, &[]);
+        }
     }
 
     /// Puts a recipient off that would be judged by another filter than the transaction's first.
@@ -129,7 +142,7 @@ impl Pipeline {
             argument,
         };
         let trusted = self.is_trusted(&envelope.client);
-        let address = Address::parse(&recipient.argument.raw);
+        let address = read_recipient(&recipient.argument);
         recipient.standing = match (trusted, &address) {
             (Some(why), _) => Standing::Unjudged(why.into()),
             (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
@@ -223,8 +236,7 @@ impl Pipeline {
         if judge.decided.is_some() {
             return judge;
         }
-        let question = RecipientQuestion::new(&judge.user, envelope, address, &judge.address);
-        if let Some(ruled) = self.ask_rules(envelope, &question, address, &judge) {
+        if let Some(ruled) = self.ask_rules(envelope, address, &judge) {
             judge.waits_for_size = ruled.waits_for_size;
             match &ruled.decision {
                 // Accepted if it is no larger than is known: nothing is decided, and no executable is asked.
@@ -233,26 +245,21 @@ impl Pipeline {
             }
         }
         if judge.decided.is_none() {
-            judge.decided = self.ask_recipient_filter(envelope, argument, question, &judge, deadline).await;
+            judge.decided = self.ask_recipient_filter(envelope, argument, address, &judge, deadline).await;
         }
         judge.decided = judge.decided.map(|decision| decision.in_words_for(envelope));
         judge
     }
 
     /// Asks the lists of the directory, then the user's rules. `None`: there are none.
-    fn ask_rules(
-        &self,
-        envelope: &Envelope,
-        question: &RecipientQuestion,
-        address: &Address,
-        judge: &Judge,
-    ) -> Option<Arc<Ruled>> {
+    fn ask_rules(&self, envelope: &Envelope, address: &Address, judge: &Judge) -> Option<Arc<Ruled>> {
         let directory = judge.directory_rules.as_deref().map(|rules| (rules, "directory "));
         let own = judge.holdings.rules.as_ref().map(|rules| (rules, ""));
         if directory.is_none() && own.is_none() {
             return None;
         }
-        Some(self.answers.of_rules(question.clone(), envelope, || {
+        let question = self.answers.question(&judge.user, envelope, address, &judge.address);
+        Some(self.answers.of_rules(question, envelope, || {
             let mut ruled = Ruled { decision: None, waits_for_size: false };
             for (rules, whose) in directory.into_iter().chain(own) {
                 ruled = ruling::decide(rules, whose, envelope, address, envelope.declared_size);
@@ -269,7 +276,7 @@ impl Pipeline {
         &self,
         envelope: &Envelope,
         argument: &RecipientArgument,
-        question: RecipientQuestion,
+        address: &Address,
         judge: &Judge,
         deadline: Instant,
     ) -> Option<Decision> {
@@ -297,9 +304,11 @@ impl Pipeline {
                 self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
                 record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
+                self.user_log.recipient_filter(envelope, judge, &filter.name, answer);
             }
             answer
         };
+        let question = self.answers.question(&judge.user, envelope, address, &judge.address);
         let answer = self.answers.of_executable(question, &filter.name, ask).await?;
         let goes_on = answer.opinion == Opinion::Accept && !answer.is_final;
         if answer.is_error {
@@ -404,6 +413,7 @@ impl Pipeline {
         let record =
             Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started };
         record.log();
+        self.tell_users(envelope, recipients, &opinion);
         Outcome::unchanged(opinion)
     }
 
@@ -417,6 +427,7 @@ impl Pipeline {
         let (why, changes, started) = ("larger than max-message", String::new(), Instant::now());
         let (verdicts, size) = (Some(ballot.lines()), Some(size));
         Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started }.log();
+        self.user_log.verdicts(envelope, &ballot.told(), &opinion, &[]);
         Outcome::unchanged(opinion)
     }
 
@@ -500,6 +511,7 @@ impl Pipeline {
         let opinion = &outcome.opinion;
         let size = Some(size);
         Record { envelope, recipients, verdicts, opinion, why: "", changes, size, started }.log();
+        self.user_log.verdicts(envelope, &ballot.told(), opinion, &outcome.changes);
     }
 
     /// The answers come in any order, each with the number of its poll.
@@ -557,6 +569,23 @@ impl Pipeline {
         };
         Some(Change { raw: recipient.argument.raw.clone(), redirect_to })
     }
+}
+
+/// A recipient's address. What has characters that MTAs read in ways of their own (`al\ice`, `c!alice`, `alice%c`,
+/// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
+/// spelling.
+fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
+    let named = Address::parse(&argument.raw);
+    let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
+    if named.as_ref().is_ok_and(|address| !is_odd(address)) {
+        return named;
+    }
+    let reading = match (&argument.mailbox, &named) {
+        (Some(mailbox), _) => Address::parse(mailbox.as_bytes()).ok(),
+        (None, Ok(address)) => address.without_routing(),
+        (None, Err(_)) => None,
+    };
+    reading.filter(|reading| reading.domain().is_some()).map_or(named, Ok)
 }
 
 impl Change {

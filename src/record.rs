@@ -8,6 +8,7 @@ use std::time::Instant;
 use tracing::info;
 
 use crate::{
+    ballot::Told,
     logging::Quoted,
     recipient::{Decision, Recipient, Standing},
     reply::Reply,
@@ -119,13 +120,7 @@ fn standing(recipient: &Recipient) -> String {
         Standing::Unjudged(why) => format!("{} ({why})", shown(&recipient.argument)),
         Standing::Refused(Decision { opinion, by }) => format!("-={} ({by})", opinion.verdict().as_str()),
         Standing::Judged(judges) => {
-            let each = judges.iter().map(|judge| match (&judge.decided, judge.message_filter()) {
-                (Some(Decision { opinion, by }), _) => {
-                    format!("{}={} ({by})", judge.user.name, opinion.verdict().as_str())
-                }
-                (None, Some(filter)) => format!("{}=not-asked ({filter})", judge.user.name),
-                (None, None) => format!("{}=accept (no filter)", judge.user.name),
-            });
+            let each = judges.iter().map(|judge| Told::before_message(recipient, judge).line());
             each.collect::<Vec<_>>().join(", ")
         }
     }

@@ -180,6 +180,19 @@ pub fn reset_signals() -> nix::Result<()> {
     SigSet::all().thread_unblock()
 }
 
+/// Undoes in a child what [`ignore_signal`] did to SIGPIPE, and unblocks all signals. The rest of what the process
+/// does with signals ends at exec, as long as [`reset_signals`] was called at its start.
+///
+/// # Errors
+///
+/// As sigaction(2) and sigprocmask(2).
+pub fn restore_signals() -> nix::Result<()> {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: the default action runs no code of ours.
+    unsafe { sigaction(Signal::SIGPIPE, &default) }?;
+    SigSet::all().thread_unblock()
+}
+
 /// Ignores a signal.
 ///
 /// # Errors
@@ -276,6 +289,16 @@ pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 pub fn reopen_for_reading(descriptor: impl AsFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd());
     std::fs::File::open(path).map(OwnedFd::from)
+}
+
+/// The same for writing at the end of the file.
+///
+/// # Errors
+///
+/// As open(2) of /proc/self/fd/N.
+pub fn reopen_for_appending(descriptor: impl AsFd) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd());
+    std::fs::OpenOptions::new().append(true).open(path).map(OwnedFd::from)
 }
 
 #[cfg(test)]

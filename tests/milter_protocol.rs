@@ -199,7 +199,7 @@ fn small_messages_stay_in_sealed_memory_and_large_ones_go_to_an_unlinked_file() 
     assert!(is_kept(&site.judge(&[ALICE], &large)));
     let spool = site.sandbox.join("spool");
     assert!(link().starts_with(spool.to_str().unwrap()) && link().contains("(deleted)"), "{}", link());
-    assert_eq!(site.home_text("alice", "stat").split(' ').take(2).collect::<Vec<_>>(), ["400", "0"]);
+    assert_eq!(site.home_text("alice", "stat").split(' ').take(2).collect::<Vec<_>>(), ["444", "0"]);
     // A client's SIZE= puts it there at once.
     let mut mta = site.mta();
     mta.macros('M', MAIL_MACROS);

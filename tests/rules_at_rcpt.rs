@@ -188,6 +188,29 @@ fn every_key_counts_through_the_policy_service_alone() {
 }
 
 #[test]
+fn rules_are_asked_however_the_recipient_is_written() {
+    for interfaces in [Interfaces::Both, Interfaces::Milter, Interfaces::Policy] {
+        let setting = Setting::of(&["alice"]).interfaces(interfaces);
+        setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
+        let scene = setting.start();
+        for argument in [
+            "<ALICE@Test.EXAMPLE>",
+            "<@x.example:alice@test.example>",
+            "<\"alice\"@test.example>",
+            "<al\\ice@test.example>",
+            "<alice@test.example (Alice)>",
+            "<test.example!alice>",
+            "<alice%test.example>",
+        ] {
+            let mut client = scene.client();
+            client.mail_from(STRANGER, "");
+            let reply = client.command(&format!("RCPT TO:{argument}"));
+            assert_eq!(reply.code, 550, "{interfaces:?} {argument} {reply:?}");
+        }
+    }
+}
+
+#[test]
 fn the_real_size_counts_at_the_end_of_the_message() {
     let setting = Setting::of(&["plain", "friends", "other"]);
     let size = "[[rule]]\nsize-over = \"20K\"\naction = \"reject\"\nreply = \"552 5.3.4 too much\"\n";
@@ -477,6 +500,54 @@ fn site_rules_with_an_error_are_refused_at_the_start() {
     let failure = Usermilter::try_start(&setting.configuration()).unwrap_err();
     assert_eq!(failure.status.and_then(|s| s.code()), Some(78), "{failure}");
     assert!(failure.stderr.contains(&format!("{}:1:11: ", rules.display())), "{failure}");
+}
+
+#[test]
+fn requests_of_old_and_new_postfix_are_understood() {
+    let setting = Setting::of(&["alice"]);
+    setting.users.file("alice", "rules.toml", "[[rule]]\nsender = \"stranger@*\"\naction = \"reject\"\n");
+    let scene = setting.start_alone();
+    let full = || Request::rcpt(STRANGER, "alice@test.example");
+    // SMTPD_POLICY_README: since 2.2 sasl_*, 2.3 reverse_client_name, ccert_* and encryption_*, 2.5 stress, 3.0 client_port,
+    // 3.1 policy_context, 3.2 server_*, then compatibility_level and mail_version.
+    let mut old = full();
+    for name in [
+        "sasl_method",
+        "sasl_username",
+        "sasl_sender",
+        "size",
+        "reverse_client_name",
+        "ccert_subject",
+        "ccert_issuer",
+        "ccert_fingerprint",
+        "ccert_pubkey_fingerprint",
+        "encryption_protocol",
+        "encryption_cipher",
+        "encryption_keysize",
+        "etrn_domain",
+        "stress",
+        "client_port",
+        "policy_context",
+        "server_address",
+        "server_port",
+        "recipient_count",
+        "instance",
+    ] {
+        old = old.without(name);
+    }
+    let bare =
+        old.clone().without("client_address").without("client_name").without("helo_name").without("queue_id");
+    let new =
+        full().with("compatibility_level", "3.9").with("mail_version", "3.9.0").with("x", "unknown=to us");
+    let mut client = policy::Client::connect(&scene.policy);
+    for request in [full(), old, bare, new] {
+        assert!(client.ask(&request).starts_with("550 5.7.1 "), "{request:?}");
+        for state in ["CONNECT", "EHLO", "HELO", "MAIL", "DATA", "END-OF-MESSAGE", "VRFY", "ETRN", ""] {
+            assert_eq!(client.ask(&request.clone().with("protocol_state", state)), "DUNNO", "{state}");
+        }
+        assert_eq!(client.ask(&request.clone().with("sender", "friend@sender.example")), "DUNNO");
+        assert_eq!(client.ask(&request.without("recipient")), "DUNNO");
+    }
 }
 
 #[test]

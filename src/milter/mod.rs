@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
 use crate::{
-    address::Address,
+    address::{Address, plain_spelling},
     config::Config,
     pipeline::{Change, Pipeline},
     reply::Reply,
@@ -248,6 +248,10 @@ async fn change_recipient<'a>(
             actions.add_recipient(format!("<{address}>")).await?;
             added.push(address);
         }
+    }
+    // Postfix wants its own spelling back, and takes no notice of one that it does not know.
+    if let Some(plain) = plain_spelling(&change.raw) {
+        actions.delete_recipient(plain).await?;
     }
     actions.delete_recipient(raw).await
 }

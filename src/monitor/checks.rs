@@ -47,7 +47,7 @@ impl CheckError {
         Self::Failed { path: path.into(), problem: problem.into() }
     }
 
-    fn system(path: &Path, error: impl Into<io::Error>) -> Self {
+    pub(super) fn system(path: &Path, error: impl Into<io::Error>) -> Self {
         Self::failed(path, error.into().to_string())
     }
 }
@@ -130,10 +130,16 @@ fn check_directory(path: &Path, metadata: &Metadata, uid: u32) -> Result<(), Che
     Ok(())
 }
 
-fn check_file(path: &Path, stat: &FileStat, uid: u32) -> Result<(), CheckError> {
-    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-        return Err(CheckError::failed(path, "not a regular file"));
+fn check_regular(path: &Path, stat: &FileStat) -> Result<(), CheckError> {
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG {
+        Ok(())
+    } else {
+        Err(CheckError::failed(path, "not a regular file"))
     }
+}
+
+fn check_file(path: &Path, stat: &FileStat, uid: u32) -> Result<(), CheckError> {
+    check_regular(path, stat)?;
     check_owner(path, stat.st_uid, uid)?;
     if stat.st_mode & OTHERS_MAY_WRITE != 0 {
         return Err(CheckError::failed(path, "file is writable by group or others (chmod go-w)"));
@@ -155,6 +161,29 @@ fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
     }
 }
 
+/// A regular file to append to, and its real path; `None` if there is none. Its way must be one that only the user or
+/// root can change, or somebody else could have the user write to another file.
+///
+/// # Errors
+///
+/// [`CheckError`], with the path on which the check failed.
+pub(super) fn open_for_appending(path: &Path, uid: u32) -> Result<Option<(PathBuf, fs::File)>, CheckError> {
+    match fs::symlink_metadata(path) {
+        Err(error) if is_absence(&error) => return Ok(None),
+        Err(error) => return Err(CheckError::system(path, error)),
+        Ok(_) => (),
+    }
+    let real = follow(path, uid)?;
+    // As in `read_text`: opening a device or a FIFO can wait or have an effect.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
+    let stat = fstat(&file).map_err(|error| CheckError::system(&real, error))?;
+    check_regular(&real, &stat)?;
+    check_owner(&real, stat.st_uid, uid)?;
+    let file = sys::reopen_for_appending(&file).map_err(|error| CheckError::system(&real, error))?;
+    Ok(Some((real, file.into())))
+}
+
 /// The text of a regular file, or `None` if there is none. Special files are not waited for.
 ///
 /// # Errors
@@ -168,9 +197,7 @@ pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Check
         other => other.map_err(|error| CheckError::system(path, error))?,
     };
     let stat = fstat(&file).map_err(|error| CheckError::system(path, error))?;
-    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-        return Err(CheckError::failed(path, "not a regular file"));
-    }
+    check_regular(path, &stat)?;
     let file = sys::reopen_for_reading(&file).map_err(|error| CheckError::system(path, error))?;
     let file = fs::File::from(file);
     let mut text = String::new();

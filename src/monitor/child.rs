@@ -31,6 +31,7 @@ use nix::{
 
 use super::{
     checks::{self, CheckError},
+    user_log,
     wire::{self, FilterFile, Inspection, Phase, Refusal, Report, RulesSource, Variable},
 };
 use crate::{
@@ -63,6 +64,28 @@ pub(super) struct Child<'a> {
     pub(super) settings: &'a Filter,
     /// The parent.
     pub(super) monitor: Pid,
+    /// What no limit of a filter may exceed.
+    pub(super) hard_limits: &'a HardLimits,
+}
+
+/// The process's own hard limits, asked once.
+pub(super) struct HardLimits([(Resource, rlim_t); 6]);
+
+impl HardLimits {
+    pub(super) fn of_process() -> nix::Result<Self> {
+        let mut limits = [
+            (Resource::RLIMIT_CORE, 0),
+            (Resource::RLIMIT_AS, 0),
+            (Resource::RLIMIT_CPU, 0),
+            (Resource::RLIMIT_NOFILE, 0),
+            (Resource::RLIMIT_FSIZE, 0),
+            (Resource::RLIMIT_NPROC, 0),
+        ];
+        for (resource, hard) in &mut limits {
+            (_, *hard) = getrlimit(*resource)?;
+        }
+        Ok(Self(limits))
+    }
 }
 
 /// Descriptors and request of a run.
@@ -104,6 +127,26 @@ impl Child<'_> {
         };
         send(report, &report_text);
         status
+    }
+
+    /// Appends to the user's log, if there is one, and reports only what went wrong. Returns the exit status.
+    pub(super) fn log(&self, user: &User, text: &str, report: &OwnedFd) -> i32 {
+        if check_pipe("report", report).is_err() {
+            return NOT_RUN;
+        }
+        let outcome = self.become_user(user).and_then(|identity| {
+            let path = identity.home.join(&self.settings.directory).join("log");
+            umask(Mode::S_IRWXG | Mode::S_IRWXO);
+            user_log::append(&path, identity.uid.as_raw(), text)
+                .map_err(|failed| Refusal::Check(failed.to_string()))
+        });
+        match outcome {
+            Ok(()) => 0,
+            Err(refusal) => {
+                send(report, &Report::Refusal(refusal));
+                NOT_RUN
+            }
+        }
     }
 
     /// Becomes the user's filter. Returns only if it could not, with the exit status.
@@ -251,15 +294,16 @@ impl Child<'_> {
 
     fn limit_resources(&self) -> Result<(), Refusal> {
         let s = self.settings;
-        for (resource, limit) in [
-            (Resource::RLIMIT_CORE, 0),
-            (Resource::RLIMIT_AS, s.max_memory.0),
-            (Resource::RLIMIT_CPU, s.max_cpu.0.as_secs().max(1)),
-            (Resource::RLIMIT_NOFILE, s.max_open_files),
-            (Resource::RLIMIT_FSIZE, s.max_file_size.0),
-            (Resource::RLIMIT_NPROC, s.max_user_processes),
-        ] {
-            let (_, hard) = getrlimit(resource).map_err(|e| refused("getrlimit", e))?;
+        for (resource, hard) in self.hard_limits.0 {
+            let limit = match resource {
+                Resource::RLIMIT_AS => s.max_memory.0,
+                Resource::RLIMIT_CPU => s.max_cpu.0.as_secs().max(1),
+                Resource::RLIMIT_NOFILE => s.max_open_files,
+                Resource::RLIMIT_FSIZE => s.max_file_size.0,
+                Resource::RLIMIT_NPROC => s.max_user_processes,
+                // A core file could hold what is not the user's.
+                _ => 0,
+            };
             let limit = hard.min(limit as rlim_t);
             setrlimit(resource, limit, limit).map_err(|e| refused("setrlimit", e))?;
         }
@@ -453,7 +497,8 @@ mod tests {
 
     fn refusal(user: &str, account: Account) -> String {
         let settings = settings();
-        let child = Child { settings: &settings, monitor: getppid() };
+        let hard_limits = HardLimits::of_process().unwrap();
+        let child = Child { settings: &settings, monitor: getppid(), hard_limits: &hard_limits };
         let name = UserName::try_from(user.to_owned()).unwrap();
         let user = User { name, account, program: None };
         match child.identify(&user) {

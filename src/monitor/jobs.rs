@@ -14,7 +14,7 @@ use nix::{
 use tracing::debug;
 
 use super::{
-    child::{Child, Run},
+    child::{Child, HardLimits, Run},
     wire::{End, JobId, Request},
 };
 use crate::{
@@ -25,19 +25,20 @@ use crate::{
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Time limit of an inspection, which only looks at a few files; a home that hangs must not hold it for ever.
-const INSPECT_TIME_LIMIT: Duration = Duration::from_secs(10);
+/// Time limit of an inspection or an entry for a log, which only touch a few files; a home that hangs must not hold them
+/// for ever.
+const FILES_TIME_LIMIT: Duration = Duration::from_secs(10);
 
-/// Inspections that a worker may have under way, beside `max-processes` filters.
-pub(super) const MAX_INSPECTIONS: usize = 32;
+/// Inspections and entries for logs that a worker may have under way, beside `max-processes` filters.
+pub(super) const MAX_FILE_JOBS: usize = 32;
 
 /// Number by which the monitor tells its workers apart.
 pub(super) type WorkerId = u64;
 
 /// All children that are not workers.
-#[derive(Default)]
 pub(super) struct Jobs {
     running: HashMap<Pid, Job>,
+    hard_limits: HardLimits,
 }
 
 struct Job {
@@ -75,9 +76,14 @@ pub(super) enum BadRequest {
 }
 
 impl Jobs {
+    /// None yet.
+    pub(super) fn new() -> nix::Result<Self> {
+        Ok(Self { running: HashMap::new(), hard_limits: HardLimits::of_process()? })
+    }
+
     /// Jobs that a worker may have under way.
     pub(super) fn limit(settings: &Filter) -> usize {
-        settings.max_processes + MAX_INSPECTIONS
+        settings.max_processes + MAX_FILE_JOBS
     }
 
     /// Starts the child that a request asks for. `Some` if it could not be forked, or there are too many already: an
@@ -93,14 +99,16 @@ impl Jobs {
         let fork_job = |descriptors: &[OwnedFd], job: &dyn Fn() -> i32| {
             if has_room { fork_job(descriptors, job) } else { Err(Errno::EAGAIN) }
         };
-        let child = Child { settings, monitor: getpid() };
+        let child = Child { settings, monitor: getpid(), hard_limits: &self.hard_limits };
         let (id, time_limit, forked) = match request {
             Request::Ready => return Err(BadRequest::NoJob),
             Request::Inspect { job, user } => {
-                let [report] = descriptors else {
-                    return Err(BadRequest::Descriptors(descriptors.len()));
-                };
-                (*job, INSPECT_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))
+                let report = only(descriptors)?;
+                (*job, FILES_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))
+            }
+            Request::Log { job, user, text } => {
+                let report = only(descriptors)?;
+                (*job, FILES_TIME_LIMIT, fork_job(descriptors, &|| child.log(user, text, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
                 let (stdin, stdout, stderr, report) = match descriptors {
@@ -194,10 +202,17 @@ impl Jobs {
 /// not keep a socket open that was closed, nor be a way from a user to the channels.
 fn fork_job(descriptors: &[OwnedFd], job: impl FnOnce() -> i32) -> nix::Result<Pid> {
     let kept: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-    sys::fork(|| match sys::reset_signals().and_then(|()| sys::close_all_but(&kept)) {
+    sys::fork(|| match sys::restore_signals().and_then(|()| sys::close_all_but(&kept)) {
         Ok(()) => job(),
         Err(_) => 1,
     })
+}
+
+fn only(descriptors: &[OwnedFd]) -> Result<&OwnedFd, BadRequest> {
+    match descriptors {
+        [descriptor] => Ok(descriptor),
+        _ => Err(BadRequest::Descriptors(descriptors.len())),
+    }
 }
 
 /// Signals a child and its group; a child that has no group yet is alone.

@@ -1,7 +1,7 @@
 //! The privileged side: one thread, no async runtime, and no byte of what a stranger sent is looked at.
 //!
 //! The monitor binds the sockets, starts the worker, and serves an enumerated table of requests,
-//! [`wire::Request`]: *inspect* a user, *run* a user's filter. Each is done by a forked child ([`child`]) that
+//! [`wire::Request`]: *inspect* a user, *run* a user's filter, *log* to a user's own log. Each is done by a forked child ([`child`]) that
 //! becomes the user before it touches anything of theirs. The worker names a user; what is executed is found, and
 //! checked, by the child. A malformed or excessive request ends the worker.
 //!
@@ -12,6 +12,7 @@ mod child;
 mod jobs;
 mod sockets;
 mod supervise;
+mod user_log;
 mod wire;
 
 pub use sockets::BindError;

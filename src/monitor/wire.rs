@@ -47,6 +47,16 @@ pub enum Request {
         /// Time limit, in milliseconds; the configuration's limit holds if it is shorter.
         time_limit: u64,
     },
+    /// Append to the log that a user keeps, if there is one. Descriptor: the report pipe, which stays empty if it went
+    /// well.
+    Log {
+        /// The job.
+        job: JobId,
+        /// Whose log.
+        user: User,
+        /// What to append.
+        text: String,
+    },
 }
 
 /// What the monitor tells a worker.
@@ -214,10 +224,7 @@ pub struct Inspection {
 impl Inspection {
     /// The filter that would run for an extension, if any.
     pub fn filter(&self, phase: Phase, extension: Option<&str>) -> Option<&FilterFile> {
-        if self.filters.is_empty() {
-            return None;
-        }
-        let candidates = phase.candidates(extension);
+        let candidates = if self.filters.is_empty() { Vec::new() } else { phase.candidates(extension) };
         let own = candidates.iter().find_map(|name| self.filters.iter().find(|file| &file.name == name));
         own.or(match phase {
             Phase::Recipient => self.fallback_recipient.as_ref(),

@@ -32,11 +32,15 @@ use crate::{
     user::User,
 };
 
-/// Inspections under way at a time; the monitor allows 32.
+/// Inspections under way at a time; the monitor allows 32 jobs that only touch files.
 const MAX_INSPECTIONS: usize = 16;
 
-/// How long the worker waits for an inspection. The monitor ends the child after 10 s, unless the kernel holds it.
-const INSPECT_TIME_LIMIT: Duration = Duration::from_secs(15);
+/// Entries for users' logs being written at a time. Together with [`MAX_INSPECTIONS`] no more than the monitor allows.
+const MAX_LOG_ENTRIES: usize = 8;
+
+/// How long the worker waits for an inspection, or an entry. The monitor ends the child after 10 s, unless the kernel
+/// holds it.
+const FILES_TIME_LIMIT: Duration = Duration::from_secs(15);
 
 /// How long nobody looks at what a filter writes. Most have ended by then, and what they wrote fits into the pipe; the
 /// end of each pipe would wake the worker for nothing.
@@ -65,6 +69,7 @@ pub struct Monitor {
     waiting: Mutex<HashMap<JobId, Waiting>>,
     next_job: AtomicU32,
     inspections: Arc<Semaphore>,
+    log_entries: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
 }
 
@@ -85,7 +90,7 @@ pub struct Ended {
     pub elapsed: Duration,
 }
 
-/// What came of an inspection.
+/// What came of an inspection, or an entry for a log.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
     /// There is no such user (any more).
@@ -95,11 +100,21 @@ pub enum InspectError {
     #[error("{0}")]
     Refused(String),
     /// The child did not answer in time, or died.
-    #[error("inspection ended without an answer")]
+    #[error("no answer from the child that looks at the user's files")]
     NoAnswer,
     /// The system refuses something basic.
     #[error("cannot ask the monitor")]
     System(#[from] io::Error),
+}
+
+impl From<Refusal> for InspectError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NoUser => Self::NoUser,
+            Refusal::Check(why) => Self::Refused(why),
+            Refusal::NoFilter => Self::NoAnswer,
+        }
+    }
 }
 
 /// What came of a run.
@@ -144,6 +159,7 @@ impl Monitor {
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
             inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
+            log_entries: Arc::new(Semaphore::new(MAX_LOG_ENTRIES)),
             drain: watch::Sender::new(None),
         });
         tokio::spawn(Arc::clone(&monitor).listen());
@@ -170,11 +186,42 @@ impl Monitor {
     ///
     /// [`InspectError`]
     pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
-        let permit = Arc::clone(&self.inspections).acquire_owned().await.map_err(io::Error::other)?;
+        let request = |job| Request::Inspect { job, user: user.clone() };
+        let bytes = self.ask_about_files(&self.inspections, request).await?;
+        match monitor::decode(&bytes) {
+            Ok(Report::Inspection(inspection)) => Ok(inspection),
+            Ok(Report::Refusal(refusal)) => Err(refusal.into()),
+            Err(_) => Err(InspectError::NoAnswer),
+        }
+    }
+
+    /// Appends to the log that a user keeps; nothing happens if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn append_to_log(&self, user: &User, text: String) -> Result<(), InspectError> {
+        let request = |job| Request::Log { job, user: user.clone(), text };
+        let bytes = self.ask_about_files(&self.log_entries, request).await?;
+        match &bytes[..] {
+            [] => Ok(()),
+            bytes => match monitor::decode(bytes) {
+                Ok(Report::Refusal(refusal)) => Err(refusal.into()),
+                _ => Err(InspectError::NoAnswer),
+            },
+        }
+    }
+
+    /// Has a job done that only touches a few files of a user's, and returns its report.
+    async fn ask_about_files(
+        &self,
+        limit: &Arc<Semaphore>,
+        request: impl FnOnce(JobId) -> Request,
+    ) -> Result<Vec<u8>, InspectError> {
+        let permit = Arc::clone(limit).acquire_owned().await.map_err(io::Error::other)?;
         let (report, theirs) = report_pipe()?;
         let (job, ended) = self.new_job(Some(permit));
-        let request = Request::Inspect { job, user: user.clone() };
-        self.send(job, &request, &[&theirs]).await?;
+        self.send(job, &request(job), &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
         let mut report = pipe::Receiver::from_owned_fd(report)?.take(MAX_REPORT as u64);
@@ -183,13 +230,8 @@ impl Monitor {
             // The child's slot is free only when the monitor has reaped it.
             ended.await.map_err(io::Error::other)
         };
-        let _ended = timeout(INSPECT_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
-        match monitor::decode(&bytes) {
-            Ok(Report::Inspection(inspection)) => Ok(inspection),
-            Ok(Report::Refusal(Refusal::NoUser)) => Err(InspectError::NoUser),
-            Ok(Report::Refusal(Refusal::Check(why))) => Err(InspectError::Refused(why)),
-            Ok(Report::Refusal(Refusal::NoFilter)) | Err(_) => Err(InspectError::NoAnswer),
-        }
+        let _ended = timeout(FILES_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
+        Ok(bytes)
     }
 
     /// Runs a filter to its end. The caller sees to it that not too many run at a time.

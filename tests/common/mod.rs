@@ -27,6 +27,7 @@ pub mod policy;
 pub mod postfix;
 pub mod process;
 pub mod sandbox;
+pub mod sendmail;
 pub mod site;
 pub mod smtp;
 pub mod stream;
@@ -35,11 +36,13 @@ pub mod users;
 pub use daemon::Usermilter;
 pub use postfix::Postfix;
 pub use sandbox::Sandbox;
+pub use sendmail::Sendmail;
 pub use site::Site;
 pub use users::{SystemUser, VirtualUsers};
 
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
@@ -102,4 +105,23 @@ pub fn require(program: &str) -> PathBuf {
         .map(|directory| directory.join(program))
         .find(|path| path.is_file())
         .unwrap_or_else(|| panic!("{program} is not installed: run tests/install-dependencies"))
+}
+
+/// Debian packages unpacked, not installed: once, in a directory of this name below the build directory.
+#[track_caller]
+pub fn unpacked(name: &str, packages: &[&str]) -> PathBuf {
+    let parent = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let directory = parent.join(name);
+    if !directory.exists() {
+        // Under another name until it is complete, since another test may be at it too.
+        let new = tempfile::tempdir_in(parent).expect("temporary directory");
+        sandbox::set_mode(new.path(), 0o755);
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/unpack-packages");
+        let output = Command::new(script).arg(new.path()).args(packages).output().expect("unpack-packages");
+        assert!(output.status.success(), "{packages:?}: {}", String::from_utf8_lossy(&output.stderr));
+        if std::fs::rename(new.path(), &directory).is_ok() {
+            let _ = new.keep();
+        }
+    }
+    directory
 }

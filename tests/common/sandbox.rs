@@ -15,8 +15,13 @@ pub struct Sandbox {
 
 impl Sandbox {
     pub fn new() -> Self {
-        let directory =
-            tempfile::Builder::new().prefix("usermilter-test-").tempdir().expect("temporary directory");
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// In another place than $TMPDIR, for programs that trust nothing below a directory that others may write: /run.
+    pub fn below(parent: &Path) -> Self {
+        let mut builder = tempfile::Builder::new();
+        let directory = builder.prefix("usermilter-test-").tempdir_in(parent).expect("temporary directory");
         // Resolved, since usermilter judges a filter by its resolved path.
         let path = directory.path().canonicalize().expect("path of the temporary directory");
         set_mode(&path, 0o755);

@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::common::milter;
 use crate::common::policy::{self, Request};
@@ -44,10 +45,11 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// Users of these names, with uids from 5001 on.
+    /// Users of these names. Each uid is used once: the kernel counts processes by uid, and what another test does to the
+    /// limit (RLIMIT_NPROC) is not to be seen here.
     pub fn of(names: &[&str]) -> Self {
         let sandbox = Sandbox::new();
-        let users: Vec<(&str, u32)> = names.iter().copied().zip(5001..).collect();
+        let users: Vec<(&str, u32)> = names.iter().map(|&name| (name, unused_uid())).collect();
         let users = VirtualUsers::new(&sandbox, &users);
         let sockets = [(); 2].map(|()| format!("inet:127.0.0.1:{}", free_port()));
         Self {
@@ -137,7 +139,7 @@ type = "passwd-file"
 path = "{passwd_file}"
 
 [filter]
-virtual-uids = [5001, 5999]
+virtual-uids = [20000, 59999]
 virtual-homes = ["{homes}"]
 spool-directory = "{spool}"
 {filter}
@@ -184,6 +186,12 @@ spool-directory = "{spool}"
         let Self { sandbox, users, sockets: [milter, policy], .. } = self;
         Alone { usermilter, users, sandbox, configuration, milter, policy }
     }
+}
+
+/// A uid that no other test has.
+pub fn unused_uid() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    20_000 + (std::process::id().wrapping_mul(251) + NEXT.fetch_add(1, Ordering::Relaxed)) % 40_000
 }
 
 /// A fragment of `postfix/` with one address changed.
