@@ -264,8 +264,8 @@ fn virtual_users_outside_of_what_the_configuration_allows_run_nothing() {
         let seen = site.daemon.log_lines().len();
         let answer = site.judge(&[&format!("{name}@test.example")], MESSAGE);
         assert_eq!(answer.text(), "451 4.3.0 cannot decide right now, try again later", "{name}");
-        let line = site.daemon.wait_for_log_after(seen, why, PATIENCE);
-        assert!(line.contains(name), "{line}");
+        let line = site.daemon.wait_for_log_after(seen, &format!("<{name}@test.example>"), PATIENCE);
+        assert!(line.contains(why), "{line}");
     }
     // Lines of root never make it into the table; the log says so at the start.
     for name in ["root", "wheel", "dots"] {

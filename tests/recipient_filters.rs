@@ -126,7 +126,7 @@ fn standard_input_is_empty_and_the_environment_is_that_of_the_phase() {
         "CLIENT_PROTOCOL=ESMTP",
         "SASL_USERNAME=",
         "USERMILTER_PHASE=recipient",
-        "USERMILTER_RECIPIENTS=alice+orders",
+        "USERMILTER_RECIPIENTS=Sales@test.example",
         "USERMILTER_SIZE=4711",
         "USERMILTER_DEADLINE=24",
         "USERMILTER_TLS=",
