@@ -511,7 +511,7 @@ fn while_usermilter_is_away_mail_is_put_off_and_then_all_is_well() {
     site.users.filter("alice", "message", "#!/bin/sh\necho no; exit 77\n");
     let mut client = Client::connect(sendmail.port());
     client.ehlo("mx.sender.example");
-    let mut whole = |client: &mut Client| {
+    let whole = |client: &mut Client| {
         let sent = client.send(SENDER, &["alice@test.example"], MESSAGE);
         client.rset();
         let mut replies = [&sent.mail].into_iter().chain(&sent.recipients).chain(&sent.data);

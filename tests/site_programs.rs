@@ -90,7 +90,7 @@ fn what_others_than_root_could_change_is_not_run() {
     let program = site.sandbox.join("programs/default-message");
     let (_, line) = site.judge_logged(&[ALICE], MESSAGE);
     assert!(line.contains("alice=reject"), "{line}");
-    let mut refused = |why: &str| {
+    let refused = |why: &str| {
         let (answer, line) = site.judge_logged(&[ALICE], MESSAGE);
         assert_eq!(answer.letter(), 'a', "{why}: {line}");
         assert!(

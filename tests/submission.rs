@@ -217,4 +217,8 @@ fn a_header_of_a_mebibyte_reaches_the_filter_as_far_as_the_mta_passes_it() {
     // takes that for the milter's failure.
     assert_eq!(seen(postfix.port(), &field(58_000)) / 100, 33);
     assert!(send(sendmail.port(), &field(58_000)).starts_with("451 4.3.2 "));
+    // By default it takes no such mail at all, so that nobody tries again for days.
+    let default = Sendmail::builder().milter(site.milter_address()).start();
+    let refused = send(default.port(), &field(58_000));
+    assert!(refused.starts_with("552 5."), "{refused}");
 }
