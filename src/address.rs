@@ -55,6 +55,8 @@ impl Address {
         let text = std::str::from_utf8(text).map_err(|_| AddressError::NotUtf8)?;
         let text = text.trim_matches([' ', '\t']);
         let text = text.strip_prefix('<').and_then(|t| t.strip_suffix('>')).unwrap_or(text);
+        // Postfix takes white space there, which RFC 5321 has no place for, and does not show that it was there.
+        let text = text.trim_matches([' ', '\t']);
         if text.chars().any(char::is_control) {
             return Err(AddressError::Control);
         }
@@ -99,6 +101,18 @@ impl Address {
         Self { local: self.local.clone(), domain: None }
     }
 
+    /// What `host!user` and `user%host` mean to Postfix (swap_bangpath and allow_percent_hack, postconf(5)), if this is
+    /// such an address without a domain.
+    pub fn without_routing(&self) -> Option<Self> {
+        let (user, host) = match self.local.split_once('!') {
+            Some((host, user)) => (user, host),
+            None => self.local.rsplit_once('%')?,
+        };
+        let is_bare = self.domain.is_none() && !user.is_empty();
+        let domain = normalize_domain(host).filter(|_| is_bare)?;
+        Some(Self { local: user.to_owned(), domain: Some(domain) })
+    }
+
     /// What stands before the first of `delimiters`, and the extension behind it: `alice`, `shop` of
     /// `alice+shop`. A delimiter at the very start separates nothing (as in Postfix `recipient_delimiter`).
     pub fn split_extension(&self, delimiters: &str) -> (&str, Option<&str>) {
@@ -114,6 +128,32 @@ impl Address {
         }
         key
     }
+}
+
+/// How an MTA writes to itself what a client wrote as `<@a,@b:user@c>` or `<user@c (comment)>`: without the source route
+/// and comments, in the case that was given. `None` if that is no other spelling.
+pub fn plain_spelling(raw: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(raw).ok()?;
+    let bare = text.strip_prefix('<').and_then(|t| t.strip_suffix('>')).unwrap_or(text);
+    let (mut plain, mut is_quoted, mut is_escaped, mut depth) = (String::new(), false, false, 0u32);
+    for c in bare.chars() {
+        match c {
+            _ if is_escaped => is_escaped = false,
+            '\\' => is_escaped = true,
+            '"' if depth == 0 => is_quoted = !is_quoted,
+            '(' if !is_quoted => depth += 1,
+            ')' if !is_quoted && depth > 0 => {
+                depth -= 1;
+                continue;
+            }
+            _ => (),
+        }
+        if depth == 0 {
+            plain.push(c);
+        }
+    }
+    let plain = without_source_route(plain.trim_matches([' ', '\t']));
+    (plain != bare).then(|| format!("<{plain}>"))
 }
 
 /// See [`Address::split_extension`].
@@ -239,6 +279,31 @@ fn is_dot_string(local: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bang_paths_and_percent_signs_are_routing() {
+        let read = |text: &str| {
+            let address = Address::parse(text.as_bytes()).unwrap().without_routing();
+            address.map(|address| address.to_string())
+        };
+        assert_eq!(read("Example.org!alice").as_deref(), Some("alice@example.org"));
+        assert_eq!(read("a!b!alice").as_deref(), Some("b!alice@a"));
+        assert_eq!(read("alice%example.org").as_deref(), Some("alice@example.org"));
+        for other in ["alice", "alice%x@example.org", "x!alice@example.org", "x!", "%x", "alice%"] {
+            assert_eq!(read(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_plain_spelling_has_no_route_and_no_comment() {
+        let plain = |raw: &str| plain_spelling(raw.as_bytes());
+        assert_eq!(plain("<alice@example.org>"), None);
+        assert_eq!(plain("Alice@example.org"), None);
+        assert_eq!(plain("<\"a(b\"@example.org>"), None);
+        assert_eq!(plain("<@a,@b:Alice@Example.org>").as_deref(), Some("<Alice@Example.org>"));
+        assert_eq!(plain("<alice@example.org (x (y))>").as_deref(), Some("<alice@example.org>"));
+        assert_eq!(plain("< alice@example.org >").as_deref(), Some("<alice@example.org>"));
+    }
     use proptest::prelude::*;
 
     fn address(text: &str) -> Address {

@@ -22,6 +22,7 @@ pub struct Ballot<'a> {
     seats: Vec<Vec<Seat>>,
     /// Whether a refusal is of use although others accept, so that everybody has to be heard.
     everybody_counts: bool,
+    /// Whether the client reads more than ASCII.
     smtputf8: bool,
 }
 
@@ -66,7 +67,7 @@ impl<'a> Ballot<'a> {
         for (n, recipient) in recipients.iter().enumerate() {
             let by_site = match (site.rules, &recipient.address) {
                 (Some(rules), Some(address)) if recipient.site_waits_for_size => {
-                    ruling::decide(rules, "site ", envelope, address, Some(size))
+                    ruling::decide(rules, "site ", envelope, address, Some(size)).decision
                 }
                 _ => None,
             };
@@ -80,15 +81,15 @@ impl<'a> Ballot<'a> {
     }
 
     fn seat(&mut self, envelope: &Envelope, judge: &'a Judge, n: usize, size: u64) -> Seat {
-        if let Some(decision) = &judge.decided {
-            return Seat::Decided(decision.clone());
-        }
         // Rules that look at the size were asked with what the client declared; now it is known.
         if let (true, Some(rules), Some(address)) =
-            (judge.waits_for_size(), &judge.holdings.rules, &self.recipients[n].address)
-            && let Some(decision) = ruling::decide(rules, "", envelope, address, Some(size))
+            (judge.waits_for_size, &judge.holdings.rules, &self.recipients[n].address)
+            && let Some(decision) = ruling::decide(rules, "", envelope, address, Some(size)).decision
         {
             return Seat::Decided(decision);
+        }
+        if let Some(decision) = &judge.decided {
+            return Seat::Decided(decision.clone());
         }
         let Some(filter) = judge.message_filter() else {
             return Seat::Decided(Decision { opinion: Opinion::Accept, by: "no filter".into() });

@@ -6,23 +6,18 @@
 
 use std::{
     collections::HashMap,
-    future::Future,
-    net::IpAddr,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
-use moka::future::Cache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    address::{Address, Sender},
     config,
     monitor::{End, Phase, Refusal, Variable},
     reply::Reply,
     spool::Message,
-    transaction::Envelope,
     user::{User, UserName},
     verdict::{Opinion, Verdict},
     worker::{Finished, Monitor, RunRequest},
@@ -91,68 +86,11 @@ pub struct Question<'a> {
     pub smtputf8: bool,
 }
 
-/// How long the answer of a `recipient` executable is good for the same question, so that it runs once when both
-/// interfaces ask.
-const RECIPIENT_ANSWER_TTL: Duration = Duration::from_secs(60);
-
-/// Answers remembered. Strangers choose what is asked, so there is a bound.
-const RECIPIENT_ANSWERS: u64 = 10_000;
-
-/// What makes two questions at RCPT TO the same.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct RecipientQuestion {
-    user: User,
-    filter: String,
-    client: (Option<IpAddr>, Option<String>),
-    helo: Option<String>,
-    sender: Sender,
-    recipient: Address,
-}
-
-impl RecipientQuestion {
-    /// The question about `recipient` (after aliases), put to one filter of one user.
-    pub fn new(user: &User, filter: &str, envelope: &Envelope, recipient: &Address) -> Self {
-        let client = &envelope.client;
-        Self {
-            user: user.clone(),
-            filter: filter.to_owned(),
-            client: (client.address, client.name.clone()),
-            helo: client.helo.clone(),
-            sender: envelope.sender.clone(),
-            recipient: recipient.clone(),
-        }
-    }
-}
-
-/// What `recipient` executables have said in the last minute.
-#[derive(Debug)]
-pub struct RecipientAnswers(Cache<RecipientQuestion, Answer>);
-
-impl RecipientAnswers {
-    /// None yet.
-    #[allow(clippy::new_without_default)]
-    pub fn new() -> Self {
-        Self(Cache::builder().max_capacity(RECIPIENT_ANSWERS).time_to_live(RECIPIENT_ANSWER_TTL).build())
-    }
-
-    /// The remembered answer, or that of `ask`, which runs once for simultaneous questions. A filter error is not
-    /// remembered: the script may be mended by the next time.
-    pub async fn get_or_ask(
-        &self,
-        question: RecipientQuestion,
-        ask: impl Future<Output = Option<Answer>>,
-    ) -> Option<Answer> {
-        let ask = async {
-            match ask.await {
-                Some(answer) if !answer.is_error => Ok(answer),
-                other => Err(other),
-            }
-        };
-        match self.0.try_get_with(question, ask).await {
-            Ok(answer) => Some(answer),
-            Err(answer) => (*answer).clone(),
-        }
-    }
+/// Room for one filter, among those of its user and among all; free again when dropped.
+#[derive(Debug, Default)]
+pub struct Room {
+    _own: Option<OwnedSemaphorePermit>,
+    _shared: Option<OwnedSemaphorePermit>,
 }
 
 /// Runs filters, not too many at a time.
@@ -172,25 +110,30 @@ impl Filters {
     }
 
     /// Asks a filter when there is room for it. `None` if `not_needed` was cancelled before it could start.
-    pub async fn ask(&self, question: Question<'_>, not_needed: &CancellationToken) -> Option<Answer> {
-        let permits = tokio::select! {
+    ///
+    /// The answer comes with the filter's room, so that whoever learns from it that no other is needed can say so
+    /// before another takes the room.
+    pub async fn ask(
+        &self,
+        question: Question<'_>,
+        not_needed: &CancellationToken,
+    ) -> Option<(Answer, Room)> {
+        let room = tokio::select! {
             biased;
             () = not_needed.cancelled() => return None,
-            permits = self.permits(question.user) => permits?,
             () = tokio::time::sleep_until(question.deadline.into()) => {
-                return Some(self.error("not started before the deadline".into(), Duration::ZERO));
+                let answer = self.error("not started before the deadline".into(), Duration::ZERO);
+                return Some((answer, Room::default()));
             }
+            room = self.room(question.user) => room,
         };
-        let (own, one_of_all) = permits;
-        let answer = self.run(&question, one_of_all).await;
-        drop(own);
-        Some(answer)
+        Some((self.run(&question).await, room))
     }
 
     /// The user's own permit first: whoever waits for it must not hold one of everybody's.
-    async fn permits(&self, user: &User) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
-        let own = self.semaphore_of(user).acquire_owned().await.ok()?;
-        Some((own, Arc::clone(&self.all).acquire_owned().await.ok()?))
+    async fn room(&self, user: &User) -> Room {
+        let own = self.semaphore_of(user).acquire_owned().await.ok();
+        Room { _own: own, _shared: Arc::clone(&self.all).acquire_owned().await.ok() }
     }
 
     fn semaphore_of(&self, user: &User) -> Arc<Semaphore> {
@@ -205,7 +148,7 @@ impl Filters {
         semaphore
     }
 
-    async fn run(&self, question: &Question<'_>, permit: OwnedSemaphorePermit) -> Answer {
+    async fn run(&self, question: &Question<'_>) -> Answer {
         let left = question.deadline.saturating_duration_since(Instant::now());
         let time_limit = left.min(self.settings.timeout.0);
         let message = match question.message.map(Message::open).transpose() {
@@ -221,7 +164,6 @@ impl Filters {
             variables,
             time_limit,
             message,
-            permit,
         };
         match self.monitor.run(request).await {
             Ok(finished) => self.judge(&finished, question.smtputf8),

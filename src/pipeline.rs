@@ -5,16 +5,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::oneshot, task::JoinSet};
+use futures_util::future::join_all;
+use tokio::{sync::oneshot, task::JoinSet, time::timeout_at};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
 use crate::{
-    address::Address,
+    address::{Address, AddressError},
+    answers::Answers,
     ballot::{Ballot, Site, Told},
     config::{Config, OnError, Recipients, Split, Unknown},
     environment::{self, Subject},
-    filter::{Filters, Question, RecipientAnswers, RecipientQuestion},
+    filter::{Answer, Filters, Question, Room},
     holdings::Inspector,
     logging::{Chain, Quoted},
     monitor::Phase,
@@ -23,12 +25,12 @@ use crate::{
     reply::Reply,
     resolver,
     rules::{Mixed, Rules},
-    ruling,
+    ruling::{self, Ruled},
     spool::Message,
     transaction::{Client, Envelope, RecipientArgument},
     user_log::UserLog,
     verdict::{self, Opinion},
-    worker::Monitor,
+    worker::{InspectError, Monitor},
 };
 
 /// How long after the deadline a filter that was told to end may take until its answer is no longer waited for.
@@ -41,7 +43,7 @@ pub struct Pipeline {
     resolver: resolver::Chain,
     inspector: Inspector,
     filters: Arc<Filters>,
-    recipient_answers: RecipientAnswers,
+    answers: Answers,
     user_log: UserLog,
     /// What must be finished before the worker may leave.
     tracker: TaskTracker,
@@ -61,8 +63,8 @@ pub struct Outcome {
 pub struct Change {
     /// The argument of RCPT TO, byte for byte.
     pub raw: Vec<u8>,
-    /// Where to; `None`: nowhere.
-    pub redirect_to: Option<Address>,
+    /// Where to; empty: nowhere.
+    pub redirect_to: Vec<Address>,
 }
 
 impl Outcome {
@@ -78,7 +80,7 @@ impl Pipeline {
             resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients),
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(Filters::new(Arc::clone(monitor), settings.filter.clone())),
-            recipient_answers: RecipientAnswers::new(),
+            answers: Answers::new(),
             user_log: UserLog::new(Arc::clone(monitor), tracker.clone()),
             settings,
             tracker,
@@ -139,23 +141,21 @@ impl Pipeline {
             site_waits_for_size: false,
             argument,
         };
-        match Address::parse(&recipient.argument.raw) {
-            Ok(address) => {
-                recipient.standing = match self.is_trusted(&envelope.client) {
-                    Some(why) => Standing::Unjudged(why.into()),
-                    None if Self::is_exempt(&self.settings.recipients, &address) => {
-                        Standing::Unjudged("exempt".into())
-                    }
-                    None => self.standing(envelope, &mut recipient, &address).await,
-                };
-                recipient.address = Some(address);
+        let trusted = self.is_trusted(&envelope.client);
+        let address = read_recipient(&recipient.argument);
+        recipient.standing = match (trusted, &address) {
+            (Some(why), _) => Standing::Unjudged(why.into()),
+            (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
+                Standing::Unjudged("exempt".into())
             }
-            Err(error) => {
+            (None, Ok(address)) => self.standing(envelope, &mut recipient, address).await,
+            (None, Err(error)) => {
                 let raw = String::from_utf8_lossy(&recipient.argument.raw);
                 warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
-                recipient.standing = self.trouble(None, error.to_string());
+                self.trouble(None, error.to_string())
             }
-        }
+        };
+        recipient.address = address.ok();
         recipient
     }
 
@@ -164,10 +164,11 @@ impl Pipeline {
         let argument = &recipient.argument;
         let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
         if let Some(rules) = self.site_rules().filter(|_| is_local || self.resolver.is_our_domain(address)) {
-            recipient.site_waits_for_size = rules.depends_on_size();
-            match ruling::decide(rules, "site ", envelope, address, envelope.declared_size) {
+            let ruled = ruling::decide(rules, "site ", envelope, address, envelope.declared_size);
+            recipient.site_waits_for_size = ruled.waits_for_size;
+            match ruled.decision {
                 Some(Decision { opinion: Opinion::Accept, by }) => return Standing::Unjudged(by),
-                Some(decision) => return Standing::Refused(decision),
+                Some(decision) => return Standing::Refused(decision.in_words_for(envelope)),
                 None => (),
             }
         }
@@ -189,11 +190,11 @@ impl Pipeline {
             // Somebody gets the mail who can't be asked: whatever the others say, the recipient accepts.
             Ok(resolver::Resolution { unjudged: Some(why), .. }) => Standing::Unjudged(why),
             Ok(resolution) => {
-                let mut judges = Vec::with_capacity(resolution.users.len());
-                for user in resolution.users {
-                    judges.push(self.judge(envelope, argument, address, user).await);
-                }
-                Standing::Judged(judges)
+                // Side by side: the MTA waits for all of them, and its patience is that for one.
+                let deadline = Instant::now() + self.settings.filter.recipient_deadline.0;
+                let judges = resolution.users.into_iter();
+                let judges = judges.map(|user| self.judge(envelope, argument, address, user, deadline));
+                Standing::Judged(join_all(judges).await)
             }
         }
     }
@@ -209,30 +210,65 @@ impl Pipeline {
         argument: &RecipientArgument,
         address: &Address,
         resolved: resolver::ResolvedUser,
+        deadline: Instant,
     ) -> Judge {
         let resolver::ResolvedUser { user, address: final_address, extension, directory_rules } = resolved;
-        let holdings = match self.inspector.holdings(&user).await {
-            Ok(holdings) => holdings,
+        let inspected = timeout_at(deadline.into(), self.inspector.holdings(&user)).await;
+        let inspected = inspected.unwrap_or_else(|_| Err(Arc::new(InspectError::NoAnswer)));
+        let (holdings, unknown) = match inspected {
+            Ok(holdings) => (holdings, None),
             Err(error) => {
                 let why = Chain(&*error).to_string();
                 warn!("{}: user {}: {}", envelope.queue_id(), user.name, Quoted(&why));
                 let opinion = self.opinion_on_error(None);
-                let decided = Some(Decision { opinion, by: format!("not asked: {why}") });
-                let holdings = Arc::default();
-                return Judge { user, address: final_address, extension, directory_rules, holdings, decided };
+                (Arc::default(), Some(Decision { opinion, by: format!("not asked: {why}") }))
             }
         };
-        let size = envelope.declared_size;
-        let by_directory =
-            directory_rules.as_ref().and_then(|r| ruling::decide(r, "directory ", envelope, address, size));
-        let rules = holdings.rules.as_ref();
-        let decided =
-            by_directory.or_else(|| rules.and_then(|r| ruling::decide(r, "", envelope, address, size)));
-        let mut judge = Judge { user, address: final_address, extension, directory_rules, holdings, decided };
-        if judge.decided.is_none() {
-            judge.decided = self.ask_recipient_filter(envelope, argument, &judge).await;
+        let mut judge = Judge {
+            user,
+            address: final_address,
+            extension,
+            directory_rules,
+            holdings,
+            decided: unknown,
+            waits_for_size: false,
+        };
+        if judge.decided.is_some() {
+            return judge;
         }
+        if let Some(ruled) = self.ask_rules(envelope, address, &judge) {
+            judge.waits_for_size = ruled.waits_for_size;
+            match &ruled.decision {
+                // Accepted if it is no larger than is known: nothing is decided, and no executable is asked.
+                Some(Decision { opinion: Opinion::Accept, .. }) if ruled.waits_for_size => return judge,
+                decision => judge.decided = decision.clone(),
+            }
+        }
+        if judge.decided.is_none() {
+            judge.decided = self.ask_recipient_filter(envelope, argument, address, &judge, deadline).await;
+        }
+        judge.decided = judge.decided.map(|decision| decision.in_words_for(envelope));
         judge
+    }
+
+    /// Asks the lists of the directory, then the user's rules. `None`: there are none.
+    fn ask_rules(&self, envelope: &Envelope, address: &Address, judge: &Judge) -> Option<Arc<Ruled>> {
+        let directory = judge.directory_rules.as_deref().map(|rules| (rules, "directory "));
+        let own = judge.holdings.rules.as_ref().map(|rules| (rules, ""));
+        if directory.is_none() && own.is_none() {
+            return None;
+        }
+        let question = self.answers.question(&judge.user, envelope, address, &judge.address);
+        Some(self.answers.of_rules(question, envelope, || {
+            let mut ruled = Ruled { decision: None, waits_for_size: false };
+            for (rules, whose) in directory.into_iter().chain(own) {
+                ruled = ruling::decide(rules, whose, envelope, address, envelope.declared_size);
+                if ruled.decision.is_some() {
+                    break;
+                }
+            }
+            ruled
+        }))
     }
 
     /// Asks the user's `recipient` executable, if there is one; `None`: go on to the message filter.
@@ -240,11 +276,12 @@ impl Pipeline {
         &self,
         envelope: &Envelope,
         argument: &RecipientArgument,
+        address: &Address,
         judge: &Judge,
+        deadline: Instant,
     ) -> Option<Decision> {
         let extension = judge.extension.as_deref();
         let filter = judge.holdings.inspection.filter(Phase::Recipient, extension)?;
-        let question = RecipientQuestion::new(&judge.user, &filter.name, envelope, &judge.address);
         let subject =
             Subject { address: &judge.address, extension, argument, all: vec![judge.address.to_string()] };
         let ask = async {
@@ -259,17 +296,20 @@ impl Pipeline {
                     &subject,
                 ),
                 message: None,
-                deadline: Instant::now() + self.settings.filter.recipient_deadline.0,
-                smtputf8: envelope.smtputf8,
+                deadline,
+                // Whoever asks the same next may speak it.
+                smtputf8: true,
             };
-            let answer = self.filters.ask(question, &CancellationToken::new()).await;
+            let answer =
+                self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
                 record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
                 self.user_log.recipient_filter(envelope, judge, &filter.name, answer);
             }
             answer
         };
-        let answer = self.recipient_answers.get_or_ask(question, ask).await?;
+        let question = self.answers.question(&judge.user, envelope, address, &judge.address);
+        let answer = self.answers.of_executable(question, &filter.name, ask).await?;
         let goes_on = answer.opinion == Opinion::Accept && !answer.is_final;
         if answer.is_error {
             warn!(
@@ -294,9 +334,12 @@ impl Pipeline {
         }
     }
 
-    /// What our own trouble with a whole transaction means.
-    pub fn opinion_on_trouble(&self) -> Opinion {
-        self.opinion_on_error(None)
+    /// What our own trouble with a whole transaction means: nothing, if its mail is not judged anyway.
+    pub fn opinion_on_trouble(&self, client: &Client) -> Opinion {
+        match self.is_trusted(client) {
+            Some(_) => Opinion::Accept,
+            None => self.opinion_on_error(None),
+        }
     }
 
     fn opinion_on_error(&self, on_error: Option<OnError>) -> Opinion {
@@ -361,7 +404,7 @@ impl Pipeline {
     /// The outcome of a transaction that our own trouble keeps from being judged.
     pub fn on_trouble(&self, envelope: &Envelope, recipients: &[Recipient], why: &str) -> Outcome {
         warn!("{}: not judged: {}", envelope.queue_id(), Quoted(why));
-        self.at_once(envelope, recipients, "trouble", self.opinion_on_error(None))
+        self.at_once(envelope, recipients, "trouble", self.opinion_on_trouble(&envelope.client))
     }
 
     fn at_once(&self, envelope: &Envelope, recipients: &[Recipient], why: &str, opinion: Opinion) -> Outcome {
@@ -431,13 +474,18 @@ impl Pipeline {
         let give_up = tokio::time::sleep_until((deadline + DEADLINE_MARGIN).into());
         tokio::pin!(give_up);
         let mut is_given_up = false;
+        // Of the filter that answered last: kept until it is known whether another is needed.
+        let mut room = None;
         loop {
             if ballot.is_settled() {
-                tell(self.outcome(&ballot, mixed));
+                tell(self.outcome(envelope, &ballot, mixed));
             }
+            drop(room.take());
             tokio::select! {
                 answer = running.join_next() => match answer {
-                    Some(Ok((n, answer))) => {
+                    Some(Ok((n, asked))) => {
+                        let answer;
+                        (answer, room) = asked.unzip();
                         if let Some(answer) = &answer {
                             let poll = &ballot.polls()[n];
                             let user = poll.judge.user.name.as_str();
@@ -456,7 +504,7 @@ impl Pipeline {
         }
         // A task that panicked has left no answer.
         ballot.give_up(&self.opinion_on_error(None));
-        let outcome = self.outcome(&ballot, mixed);
+        let outcome = self.outcome(envelope, &ballot, mixed);
         tell(outcome.clone());
         let verdicts = Some(ballot.lines());
         let changes = outcome.changes.iter().map(Change::shown).collect::<Vec<_>>().join(", ");
@@ -474,7 +522,7 @@ impl Pipeline {
         message: Message,
         deadline: Instant,
         settled: &CancellationToken,
-    ) -> JoinSet<(usize, Option<crate::filter::Answer>)> {
+    ) -> JoinSet<(usize, Option<(Answer, Room)>)> {
         let (size, smtputf8) = (message.size(), envelope.smtputf8);
         let message = Arc::new(message);
         let mut running = JoinSet::new();
@@ -499,8 +547,8 @@ impl Pipeline {
         running
     }
 
-    fn outcome(&self, ballot: &Ballot<'_>, mixed: Mixed) -> Outcome {
-        let opinion = ballot.outcome();
+    fn outcome(&self, envelope: &Envelope, ballot: &Ballot<'_>, mixed: Mixed) -> Outcome {
+        let opinion = ballot.outcome().in_words_for(envelope.smtputf8);
         if opinion != Opinion::Accept {
             return Outcome::unchanged(opinion);
         }
@@ -510,31 +558,44 @@ impl Pipeline {
 
     /// What becomes of a refuser's copy.
     fn change(&self, recipient: &Recipient, mixed: Mixed) -> Option<Change> {
-        let raw = recipient.argument.raw.clone();
-        match recipient.mixed(mixed) {
-            Mixed::Deliver => None,
-            Mixed::Drop => Some(Change { raw, redirect_to: None }),
+        let redirect_to = match recipient.mixed(mixed) {
+            Mixed::Deliver => return None,
+            Mixed::Drop => Vec::new(),
             Mixed::Redirect => {
-                let address = recipient.mailbox()?;
-                let delimiters = &self.settings.recipients.delimiters;
                 let extension = recipient.redirect_extension();
                 let extension = extension.unwrap_or(&self.settings.verdicts.redirect_extension);
-                let (base, _) = address.split_extension(delimiters);
-                // Without a delimiter there is no such address, and the mail must go somewhere.
-                let local = format!("{base}{}{extension}", delimiters.chars().next()?);
-                Some(Change { raw, redirect_to: Some(address.with_local(local)) })
+                recipient.redirected(&self.settings.recipients.delimiters, extension)?
             }
-        }
+        };
+        Some(Change { raw: recipient.argument.raw.clone(), redirect_to })
     }
+}
+
+/// A recipient's address. What has characters that MTAs read in ways of their own (`al\ice`, `c!alice`, `alice%c`,
+/// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
+/// spelling.
+fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
+    let named = Address::parse(&argument.raw);
+    let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
+    if named.as_ref().is_ok_and(|address| !is_odd(address)) {
+        return named;
+    }
+    let reading = match (&argument.mailbox, &named) {
+        (Some(mailbox), _) => Address::parse(mailbox.as_bytes()).ok(),
+        (None, Ok(address)) => address.without_routing(),
+        (None, Err(_)) => None,
+    };
+    reading.filter(|reading| reading.domain().is_some()).map_or(named, Ok)
 }
 
 impl Change {
     fn shown(&self) -> String {
         let raw = String::from_utf8_lossy(&self.raw);
         let old = raw.trim_start_matches('<').trim_end_matches('>');
-        match &self.redirect_to {
-            Some(new) => format!("<{old}> redirected to <{new}>"),
-            None => format!("<{old}> dropped"),
+        let new: Vec<String> = self.redirect_to.iter().map(|new| format!("<{new}>")).collect();
+        match &new[..] {
+            [] => format!("<{old}> dropped"),
+            new => format!("<{old}> redirected to {}", new.join(" ")),
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     holdings::Holdings,
     monitor::Phase,
     rules::{Mixed, Rules},
-    transaction::RecipientArgument,
+    transaction::{Envelope, RecipientArgument},
     user::{User, UserName},
     verdict::{self, Opinion},
 };
@@ -21,7 +21,7 @@ pub struct Recipient {
     pub address: Option<Address>,
     /// Who decides.
     pub standing: Standing,
-    /// Whether the site's rules look at the size, which is known for certain only at the end.
+    /// Whether the site's rules may decide otherwise once the real size is known.
     pub site_waits_for_size: bool,
 }
 
@@ -60,6 +60,8 @@ pub struct Judge {
     pub holdings: Arc<Holdings>,
     /// What is decided before the message is seen.
     pub decided: Option<Decision>,
+    /// Whether the user's rules may decide otherwise once the real size is known.
+    pub waits_for_size: bool,
 }
 
 /// The message filters that judge a recipient; empty: none does.
@@ -75,18 +77,20 @@ impl Judge {
         filter.map(|filter| filter.name.as_str())
     }
 
-    /// Whether the user's rules look at the size, which is known for certain only at the end.
-    pub fn waits_for_size(&self) -> bool {
-        self.decided.is_none() && self.holdings.rules.as_ref().is_some_and(Rules::depends_on_size)
-    }
-
     /// The opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
         match &self.decided {
+            Some(Decision { opinion: Opinion::Accept, .. }) | None if self.waits_for_size => None,
             Some(decision) => Some(decision.opinion.clone()),
-            None if self.message_filter().is_none() && !self.waits_for_size() => Some(Opinion::Accept),
-            None => None,
+            None => self.message_filter().is_none().then_some(Opinion::Accept),
         }
+    }
+}
+
+impl Decision {
+    /// The same in words that the client understands.
+    pub fn in_words_for(self, envelope: &Envelope) -> Self {
+        Self { opinion: self.opinion.in_words_for(envelope.smtputf8), by: self.by }
     }
 }
 
@@ -129,19 +133,27 @@ impl Recipient {
         self.wish(Rules::mixed).map_or(site, |wish| wish.min(site))
     }
 
-    /// The mailbox whose extension a refused copy can go to. Where another address leads to one user, it is the user's
-    /// own: what leads there need not know extensions (Sendmail's virtusertable), or loses them (local aliases of Postfix).
-    pub fn mailbox(&self) -> Option<&Address> {
-        let named = self.address.as_ref()?;
-        match self.judges() {
-            [judge] if !judge.address.local().eq_ignore_ascii_case(named.local()) => Some(&judge.address),
-            _ => Some(named),
-        }
-    }
-
     /// The extension to redirect to, if the user wants another than the site's.
     pub fn redirect_extension(&self) -> Option<&str> {
         self.wish(Rules::redirect_extension)
+    }
+
+    /// Where a refused copy goes: each user's own address, with this extension in place of the one that it has. An
+    /// alias need not exist with an extension, and a mail that is taken and then can't be delivered would bounce.
+    /// `None`: without a delimiter there are no such addresses, and the copy must go somewhere.
+    pub fn redirected(&self, delimiters: &str, extension: &str) -> Option<Vec<Address>> {
+        let delimiter = delimiters.chars().next()?;
+        let each = self.judges().iter().map(|judge| {
+            // The name of a user may have a delimiter in it.
+            let name = match &judge.extension {
+                Some(_) => judge.address.split_extension(delimiters).0,
+                None => judge.address.local(),
+            };
+            judge.address.with_local(format!("{name}{delimiter}{extension}"))
+        });
+        let addresses: Vec<Address> = each.collect();
+        // Refused by the site alone: there is nobody to redirect to.
+        (!addresses.is_empty()).then_some(addresses)
     }
 
     fn wish<'a, T>(&'a self, wish: impl Fn(&'a Rules) -> Option<T>) -> Option<T> {
@@ -191,6 +203,7 @@ mod tests {
                 directory_rules: None,
                 holdings: Arc::new(Holdings { rules: Some(rules), ..Holdings::default() }),
                 decided: None,
+                waits_for_size: false,
             };
             Recipient {
                 argument: RecipientArgument::default(),

@@ -111,6 +111,14 @@ impl Reply {
         Self { lines, ..default }
     }
 
+    /// The same with `?` for every character that a client without SMTPUTF8 can't read.
+    pub fn into_ascii(mut self) -> Self {
+        for line in self.lines.iter_mut().filter(|line| !line.is_ascii()) {
+            *line = line.replace(|c: char| !c.is_ascii(), "?");
+        }
+        self
+    }
+
     /// The class of reply code and enhanced status code: 4 or 5.
     pub fn class(&self) -> u16 {
         self.code / 100
@@ -273,7 +281,9 @@ mod tests {
     #[test]
     fn text_beyond_ascii_needs_smtputf8() {
         assert_eq!(reject("nein, böse"), "550 5.7.1 nein, b?se");
-        assert_eq!(Reply::from_text(Verdict::Reject, "böse", true).to_string(), "550 5.7.1 böse");
+        let utf8 = Reply::from_text(Verdict::Reject, "böse", true);
+        assert_eq!(utf8.to_string(), "550 5.7.1 böse");
+        assert_eq!(utf8.into_ascii().to_string(), "550 5.7.1 b?se");
         assert_eq!(Reply::from_text(Verdict::Reject, "a\u{202e}b", true).to_string(), "550 5.7.1 a?b");
     }
 

@@ -9,7 +9,16 @@ use crate::{
     verdict::{Opinion, Verdict},
 };
 
-/// The decision of the rules, unless they leave it to the filters. `size`: as far as it is known, in bytes. `whose`
+/// What rules say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ruled {
+    /// The decision, unless they leave it to the filters.
+    pub decision: Option<Decision>,
+    /// Whether it may be another if the message is larger than is known.
+    pub waits_for_size: bool,
+}
+
+/// Asks the rules. `size`: as far as it is known, in bytes. `whose`
 /// is put in front of the rule's number in the log.
 pub fn decide(
     rules: &Rules,
@@ -17,7 +26,7 @@ pub fn decide(
     envelope: &Envelope,
     recipient: &Address,
     size: Option<u64>,
-) -> Option<Decision> {
+) -> Ruled {
     let client = &envelope.client;
     let ruling = rules.judge(&Question {
         sender: &envelope.sender,
@@ -29,28 +38,16 @@ pub fn decide(
         today: jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date(),
     });
     let reply = |verdict| match ruling.reply {
-        Some(text) => Reply::from_text(verdict, text, envelope.smtputf8),
+        Some(text) => Reply::from_text(verdict, text, true),
         None => Reply::default_of(verdict),
     };
     let opinion = match ruling.action {
-        Action::Filter => return None,
-        Action::Accept => Opinion::Accept,
-        Action::Reject => Opinion::Reject(reply(Verdict::Reject)),
-        Action::Defer => Opinion::Defer(reply(Verdict::Defer)),
+        Action::Filter => None,
+        Action::Accept => Some(Opinion::Accept),
+        Action::Reject => Some(Opinion::Reject(reply(Verdict::Reject))),
+        Action::Defer => Some(Opinion::Defer(reply(Verdict::Defer))),
     };
-    let by = ruling.rule.map_or_else(|| format!("{whose}default rule"), |n| format!("{whose}rule {n}"));
-    Some(Decision { opinion, by })
-}
-
-/// As [`decide`], of a user's own rules before the size is known for certain: rules that look at it may still
-/// refuse at the end of the message what they would let in now, so that only a refusal counts.
-pub fn decide_early(
-    rules: &Rules,
-    envelope: &Envelope,
-    recipient: &Address,
-    declared_size: Option<u64>,
-) -> Option<Decision> {
-    let decision = decide(rules, "", envelope, recipient, declared_size)?;
-    let may_change = decision.opinion == Opinion::Accept && rules.depends_on_size();
-    (!may_change).then_some(decision)
+    let by = || ruling.rule.map_or_else(|| format!("{whose}default rule"), |n| format!("{whose}rule {n}"));
+    let decision = opinion.map(|opinion| Decision { opinion, by: by() });
+    Ruled { decision, waits_for_size: ruling.waits_for_size }
 }

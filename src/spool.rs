@@ -1,7 +1,8 @@
 //! The message: written once, then read by any number of filters, none of which can change it.
 //!
 //! Up to `filter.memory-limit` it is a memfd that is sealed when complete (memfd_create(2), F_SEAL_WRITE); beyond
-//! that an unlinked file of mode 0400 in `filter.spool-directory`. Filters read it through descriptors of their own.
+//! that an unlinked file in `filter.spool-directory`. Filters read it through descriptors of their own. Both have mode
+//! 0444, so that a filter can open /dev/stdin too; without a name, nobody else can open them.
 
 use std::{
     fs::{File, OpenOptions},
@@ -233,7 +234,7 @@ fn seal(file: &File) -> io::Result<()> {
 
 fn unlinked_file(directory: &Path) -> io::Result<File> {
     let flags = (OFlag::O_TMPFILE | OFlag::O_CLOEXEC).bits();
-    OpenOptions::new().read(true).write(true).mode(0o400).custom_flags(flags).open(directory)
+    OpenOptions::new().read(true).write(true).mode(0o444).custom_flags(flags).open(directory)
 }
 
 fn moved_to_disk(memory: File, directory: &Path) -> io::Result<File> {

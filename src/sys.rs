@@ -5,7 +5,10 @@
 
 use std::{
     io::{self, IoSlice},
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::fs::MetadataExt,
+    },
 };
 
 use nix::{
@@ -57,8 +60,9 @@ pub fn exit_now(status: i32) -> ! {
 }
 
 fn is_single_threaded() -> bool {
-    // One entry per thread; an unreadable /proc says nothing, and then the structure of the program must do.
-    std::fs::read_dir("/proc/self/task").map_or(true, |tasks| tasks.count() == 1)
+    // A directory per thread, beside `.` and `..`: counting its links is cheaper than reading it, as it is for each
+    // filter. An unreadable /proc says nothing, and then the structure of the program must do.
+    std::fs::metadata("/proc/self/task").map_or(true, |tasks| tasks.nlink() <= 3)
 }
 
 /// How a child ended: any signal, those included for which nix has no name (a filter may die of SIGRTMIN).
@@ -173,6 +177,19 @@ pub fn reset_signals() -> nix::Result<()> {
             unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), old, SIGNAL_SET_SIZE) };
         Errno::result(result)?;
     }
+    SigSet::all().thread_unblock()
+}
+
+/// Undoes in a child what [`ignore_signal`] did to SIGPIPE, and unblocks all signals. The rest of what the process
+/// does with signals ends at exec, as long as [`reset_signals`] was called at its start.
+///
+/// # Errors
+///
+/// As sigaction(2) and sigprocmask(2).
+pub fn restore_signals() -> nix::Result<()> {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: the default action runs no code of ours.
+    unsafe { sigaction(Signal::SIGPIPE, &default) }?;
     SigSet::all().thread_unblock()
 }
 

@@ -151,10 +151,12 @@ fn fate(told: &Told<'_>, outcome: &Opinion, changes: &[Change]) -> String {
     match (own, outcome.verdict()) {
         (Some(Verdict::Reject), Verdict::Accept) => {
             let change = told.recipients.iter().find_map(|r| change_of(r, changes));
-            let copy = match change.map(|change| &change.redirect_to) {
+            let copy = match change.map(|change| &change.redirect_to[..]) {
                 None => "delivered".to_owned(),
-                Some(None) => "your copy is dropped".to_owned(),
-                Some(Some(address)) => format!("your copy goes to <{}>", Quoted(&address.to_string())),
+                Some([]) => "your copy is dropped".to_owned(),
+                Some([address]) => format!("your copy goes to <{}>", Quoted(&address.to_string())),
+                // Of an alias with several users: whose the other addresses are is not for this user to know.
+                Some(_) => "your copy is redirected".to_owned(),
             };
             format!("; somebody else accepts: {copy}")
         }

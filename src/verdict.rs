@@ -60,6 +60,15 @@ impl Opinion {
         }
     }
 
+    /// The same with a reply in ASCII, unless the client speaks SMTPUTF8 (RFC 6531).
+    pub fn in_words_for(self, smtputf8: bool) -> Self {
+        match self {
+            Self::Reject(reply) if !smtputf8 => Self::Reject(reply.into_ascii()),
+            Self::Defer(reply) if !smtputf8 => Self::Defer(reply.into_ascii()),
+            other => other,
+        }
+    }
+
     /// The reply, unless accepted.
     pub fn reply(&self) -> Option<&Reply> {
         match self {

@@ -259,9 +259,9 @@ fn hostile_values_reach_the_filter_as_data_or_not_at_all() {
         let answer = common::site::send(&mut mta, "<\"a b'$(x)\"@sender.example>", &[ALICE], MESSAGE);
         assert_eq!(answer.letter(), 'a');
         let got = environment(&site, "alice");
-        assert_eq!(got["CLIENT_HELO"], expected.unwrap_or_default());
+        assert_eq!(got.get("CLIENT_HELO").map(String::as_str), expected);
         assert_eq!(got["SENDER"], "\"a b'$(x)\"@sender.example");
-        assert_eq!(got.len(), 26, "{:?}", got.keys());
+        assert_eq!(got.len(), if expected.is_some() { 26 } else { 25 }, "{:?}", got.keys());
         if expected.is_none() {
             site.daemon.wait_for_log_after(seen, "CLIENT_HELO dropped", PATIENCE);
         }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
-use common::site::send_message;
+use common::site::{own_uid, send_message};
 use common::users::Account;
 use common::{PATIENCE, Postfix, Site, smtp, wait_until};
 
@@ -251,7 +251,8 @@ fn virtual_users_outside_of_what_the_configuration_allows_run_nothing() {
         line("dots", 5001, 5001, &homes.join("../elsewhere/alice")),
     ];
     fs::write(builder.users.passwd_file(), file.concat()).unwrap();
-    let site = builder.set("filter", "on-error", "\"defer\"").start();
+    let site =
+        builder.set("filter", "on-error", "\"defer\"").set("filter", "virtual-uids", "[5001, 5999]").start();
     for (name, why) in [
         ("low", "virtual-uids"),
         ("high", "virtual-uids"),
@@ -305,8 +306,7 @@ fn processes_of(uid: u32) -> Vec<String> {
 
 #[test]
 fn a_filter_that_outlives_its_time_loses_its_whole_group_by_term_and_then_by_kill() {
-    // Uids of this test only, since other tests' processes are no concern of it.
-    let site = Site::of(&[("polite", 5101), ("stubborn", 5102), ("half", 5103)])
+    let site = Site::of(&[("polite", own_uid(0)), ("stubborn", own_uid(1)), ("half", own_uid(2))])
         .set("filter", "timeout", "\"1s\"")
         .filter("polite", "message", "#!/bin/sh\ntrap 'date +%s%N > ~/term; exit 77' TERM\nsleep 100 & wait\n")
         .filter(
@@ -318,9 +318,11 @@ fn a_filter_that_outlives_its_time_loses_its_whole_group_by_term_and_then_by_kil
         .filter("half", "message", "#!/bin/sh\n(trap '' TERM; sleep 100; sleep 100) &\nsleep 100\n")
         .start();
     std::thread::scope(|scope| {
-        for (name, uid, least, most) in
-            [("polite", 5101, 1.0, 2.9), ("stubborn", 5102, 2.9, 6.0), ("half", 5103, 1.0, 6.0)]
-        {
+        for (name, uid, least, most) in [
+            ("polite", own_uid(0), 1.0, 2.9),
+            ("stubborn", own_uid(1), 2.9, 6.0),
+            ("half", own_uid(2), 1.0, 6.0),
+        ] {
             let site = &site;
             scope.spawn(move || {
                 let started = Instant::now();
@@ -340,26 +342,30 @@ fn a_filter_that_outlives_its_time_loses_its_whole_group_by_term_and_then_by_kil
 
 #[test]
 fn a_filter_that_forks_without_end_is_bounded_and_ended() {
-    let site = Site::of(&[("bomb", 5111), ("alice", 5112)])
+    let site = Site::of(&[("bomb", own_uid(3)), ("alice", own_uid(4))])
         .set("filter", "timeout", "\"3s\"")
         .set("filter", "max-user-processes", "20")
-        .filter("bomb", "message", "#!/bin/sh\nf() { f | f & }\nf\nwhile :; do f; sleep 0.1; done\n")
+        .filter(
+            "bomb",
+            "message",
+            "#!/usr/bin/perl\nwhile (1) { defined fork or select undef, undef, undef, 0.1 }\n",
+        )
         .filter("alice", "message", "#!/bin/sh\necho no\nexit 77\n")
         .start();
     std::thread::scope(|scope| {
         let bomb = scope.spawn(|| site.judge(&["bomb@test.example"], MESSAGE));
-        assert!(wait_until(PATIENCE, || processes_of(5111).len() > 1), "it forks");
+        assert!(wait_until(PATIENCE, || processes_of(own_uid(3)).len() > 10), "it forks");
         // Others are served meanwhile.
         assert_eq!(site.judge(&[ALICE], MESSAGE).text(), "550 5.7.1 no");
         assert_eq!(bomb.join().unwrap().letter(), 'a');
     });
-    assert!(wait_until(PATIENCE, || processes_of(5111).is_empty()), "{:?}", processes_of(5111));
+    assert!(wait_until(PATIENCE, || processes_of(own_uid(3)).is_empty()), "{:?}", processes_of(own_uid(3)));
 }
 
 #[test]
 fn what_a_filter_does_with_its_streams_does_not_change_its_verdict() {
     let big = format!("Subject: x\r\n\r\n{}", "0123456789abcde\r\n".repeat(10 << 16));
-    let site = Site::of(&[("alice", 5121)])
+    let site = Site::of(&[("alice", own_uid(5))])
         .filter("alice", "message", "#!/bin/sh\n. ~/what\necho 'still my words'\nexit 77\n")
         .start();
     let what = site.users.account("alice").home.join("what");
@@ -383,8 +389,8 @@ fn what_a_filter_does_with_its_streams_does_not_change_its_verdict() {
         assert!(started.elapsed() < Duration::from_secs(20), "{script}: {:?}", started.elapsed());
     }
     // Children in its group went with it; a daemon in a session of its own is its user's affair.
-    let rest = || processes_of(5121).into_iter().filter(|line| line.contains("sleep 100")).count();
-    assert!(wait_until(PATIENCE, || rest() == 0), "{:?}", processes_of(5121));
+    let rest = || processes_of(own_uid(5)).into_iter().filter(|line| line.contains("sleep 100")).count();
+    assert!(wait_until(PATIENCE, || rest() == 0), "{:?}", processes_of(own_uid(5)));
     assert!(site.daemon.log_lines().iter().all(|line| line.len() < 20_000));
 }
 

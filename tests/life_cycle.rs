@@ -201,6 +201,8 @@ fn sighup_brings_the_new_configuration_and_spoils_nothing_of_the_old() {
         .write_config(&site.config(Extra { filter: "exit-status = { 1 = \"reject\" }", ..UNKNOWN_REJECTED }));
     daemon.reload();
     daemon.wait_for_log_after(seen, "ready", PATIENCE);
+    // Until then the old worker may take a connection, and judge as before.
+    daemon.wait_for_log_after(seen, "draining", PATIENCE);
 
     assert_eq!(site.judge("bob@test.example").letter(), 'y', "the new configuration rejects for exit 1");
     assert!(ask_about_nobody(&site.policy).starts_with("550 5.1.1 "));

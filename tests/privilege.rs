@@ -109,6 +109,8 @@ fn a_reloaded_worker_has_nothing_of_its_predecessor() {
     let site = Site::new();
     let mut daemon = Usermilter::start(&site.config(Extra::default()));
     assert!(is_accepted(&site.judge("alice@test.example")));
+    // Without the connection that was just closed.
+    std::thread::sleep(Duration::from_millis(300));
     let first = descriptors(daemon.worker_pid()).len();
     let open = descriptors(daemon.pid()).len();
     for _ in 0..3 {
@@ -119,8 +121,12 @@ fn a_reloaded_worker_has_nothing_of_its_predecessor() {
         assert_ne!(daemon.worker_pid(), old);
         assert!(is_accepted(&site.judge("alice@test.example")));
     }
-    assert_eq!(descriptors(daemon.worker_pid()).len(), first);
-    assert_eq!(descriptors(daemon.pid()).len(), open);
+    let worker = daemon.worker_pid();
+    for (pid, expected) in [(worker, first), (daemon.pid(), open)] {
+        // Connections that were just closed may not be gone yet.
+        let now = || descriptors(pid).len();
+        assert!(common::wait_until(common::PATIENCE, || now() == expected), "{:?}", descriptors(pid));
+    }
 }
 
 #[test]
@@ -449,5 +455,26 @@ fn the_words_of_a_filter_are_never_lost() {
         .collect();
     for sender in senders {
         sender.join().unwrap();
+    }
+}
+
+#[test]
+fn a_user_with_too_many_processes_is_named_with_the_limit() {
+    let mut site = Site::new();
+    // A uid that no other test has, since the kernel counts the processes of all.
+    site.users.add("carol", 5777, 5777);
+    site.users.filter("carol", "message", "#!/bin/sh\necho $$ > \"$HOME/pid\"\nexec sleep 3\n");
+    let config = site.config(Extra { filter: "max-user-processes = 1", ..Extra::default() });
+    let daemon = Usermilter::start(&config);
+    // The kernel counts before the one that is about to be: two are one more than one.
+    let running = [(); 2].map(|()| {
+        let transaction = site.judge_meanwhile("carol@test.example");
+        site.filter_pid("carol");
+        transaction
+    });
+    assert!(is_accepted(&site.judge("carol@test.example")), "a filter error refuses nothing");
+    daemon.wait_for_log("max-user-processes", common::PATIENCE);
+    for transaction in running {
+        assert!(is_accepted(&transaction.join().unwrap().unwrap()));
     }
 }

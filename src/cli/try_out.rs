@@ -22,7 +22,9 @@ use crate::{
     logging::{self, Chain},
     monitor::{self, Phase},
     reply::Reply,
-    resolver, ruling,
+    resolver,
+    rules::Rules,
+    ruling,
     spool::{Message, Spool, SpoolSettings},
     trace_headers,
     transaction::{Client, Envelope, Interface, RecipientArgument},
@@ -147,7 +149,8 @@ async fn trial(
     let sender = Sender::parse(arguments.sender.as_bytes()).map_err(|error| usage("--sender", &error))?;
 
     let resolver = resolver::Chain::new(&config.resolvers, &config.recipients);
-    let user = find_user(&resolver, &user_name).await.map_err(|error| (SOFTWARE, error))?;
+    let (user, directory_rules) =
+        find_user(&resolver, &user_name).await.map_err(|error| (SOFTWARE, error))?;
     let (_, extension) = address.split_extension(&config.recipients.delimiters);
     let extension = extension.map(str::to_lowercase);
     let client = Client {
@@ -193,7 +196,13 @@ async fn trial(
     };
     let size = message.as_ref().map(Message::size);
     let rules_error = holdings.rules_error.clone();
-    let by_rules = holdings.rules.as_ref().and_then(|r| ruling::decide(r, "", &envelope, &address, size));
+    let directory = directory_rules.as_deref().map(|rules| (rules, "directory "));
+    let own = holdings.rules.as_ref().map(|rules| (rules, ""));
+    let by_rules = directory
+        .into_iter()
+        .chain(own)
+        .find_map(|(rules, whose)| ruling::decide(rules, whose, &envelope, &address, size).decision)
+        .map(|decision| decision.in_words_for(&envelope));
     if let Some(decision) = by_rules {
         return Ok(Trial {
             opinion: decision.opinion,
@@ -229,7 +238,7 @@ async fn trial(
         smtputf8: false,
     };
     let answer = Filters::new(monitor, config.filter.clone()).ask(question, &CancellationToken::new()).await;
-    let answer = answer.ok_or_else(|| (SOFTWARE, "the filter was not started".to_owned()))?;
+    let (answer, _) = answer.ok_or_else(|| (SOFTWARE, "the filter was not started".to_owned()))?;
     Ok(Trial {
         opinion: answer.opinion.clone(),
         by: format!("{}: {}", filter.name, answer.status),
@@ -248,11 +257,15 @@ fn invoking_user() -> Option<String> {
 }
 
 /// The user as the resolvers know them; whom they don't know may still be a user of this host.
-async fn find_user(resolver: &resolver::Chain, name: &UserName) -> Result<User, String> {
+async fn find_user(
+    resolver: &resolver::Chain,
+    name: &UserName,
+) -> Result<(User, Option<Arc<Rules>>), String> {
     let address = Address::parse(name.as_str().as_bytes()).map_err(|error| error.to_string())?;
     let resolution = resolver.resolve(&address, true).await.map_err(|error| error.to_string())?;
-    let known = resolution.users.into_iter().next().map(|resolved| resolved.user);
-    Ok(known.unwrap_or_else(|| User { name: name.clone(), account: Account::Passwd, program: None }))
+    let known = resolution.users.into_iter().next().map(|resolved| (resolved.user, resolved.directory_rules));
+    let of_host = || (User { name: name.clone(), account: Account::Passwd, program: None }, None);
+    Ok(known.unwrap_or_else(of_host))
 }
 
 /// The message as it would come from an MTA: whatever its line ends are, a filter sees those of the configuration.

@@ -24,6 +24,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
 use crate::{
+    address::{Address, plain_spelling},
     config::Config,
     pipeline::{Change, Pipeline},
     reply::Reply,
@@ -223,8 +224,9 @@ async fn end_of_message(cx: &mut EomContext<Session>) -> Status {
             }
         }
     };
+    let mut added = Vec::new();
     for change in &outcome.changes {
-        if let Err(error) = change_recipient(&cx.actions, change).await {
+        if let Err(error) = change_recipient(&cx.actions, change, &mut added).await {
             // Half a change would lose mail or deliver it twice: the client is to come again.
             error!("recipient cannot be changed: {error}");
             return Status::Tempfail;
@@ -233,11 +235,23 @@ async fn end_of_message(cx: &mut EomContext<Session>) -> Status {
     answer(&mut cx.reply, &outcome.opinion, Status::Accept)
 }
 
-async fn change_recipient(actions: &EomActions, change: &Change) -> Result<(), ActionError> {
+/// `added`: so far. A client may name a recipient twice, and a user be reached by several.
+async fn change_recipient<'a>(
+    actions: &EomActions,
+    change: &'a Change,
+    added: &mut Vec<&'a Address>,
+) -> Result<(), ActionError> {
     // A milter argument has no NUL, since it ends at one.
     let raw = CString::new(change.raw.clone()).map_err(|_| ActionError::InvalidParam)?;
-    if let Some(address) = &change.redirect_to {
-        actions.add_recipient(format!("<{address}>")).await?;
+    for address in &change.redirect_to {
+        if !added.contains(&address) {
+            actions.add_recipient(format!("<{address}>")).await?;
+            added.push(address);
+        }
+    }
+    // Postfix wants its own spelling back, and takes no notice of one that it does not know.
+    if let Some(plain) = plain_spelling(&change.raw) {
+        actions.delete_recipient(plain).await?;
     }
     actions.delete_recipient(raw).await
 }

@@ -234,11 +234,6 @@ impl Session {
                 self.pipeline.without_message(envelope, recipients, "nobody's filter decides").opinion,
             );
         }
-        if envelope.declared_size.is_some_and(|size| size > self.settings.filter.max_message.0) {
-            return Some(
-                self.pipeline.without_message(envelope, recipients, "larger than max-message").opinion,
-            );
-        }
         let content = match self.new_spool(&transaction) {
             Ok(spool) => Content::Spooling(spool),
             Err(error) => Content::Failed(self.spool_failed(&error)),
@@ -262,14 +257,21 @@ impl Session {
 
     /// With an MTA that has no DATA stage the message begins without one.
     fn begin_message(&mut self, macros: &Macros) -> Option<Status> {
-        if let State::Envelope(_) = self.state {
-            return match self.data(macros) {
-                None => None,
-                Some(Opinion::Accept) => Some(Status::Accept),
-                Some(_) => Some(Status::Tempfail),
-            };
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Envelope(transaction) => {
+                if let Some(why) = transaction.unjudged.clone() {
+                    // What it comes to can be said at the end only, if the stages before it get no answer.
+                    self.state = State::Message(transaction, Content::Failed(why));
+                    return None;
+                }
+                self.state = State::Envelope(transaction);
+                self.data(macros).map(|_| Status::Accept)
+            }
+            other => {
+                self.state = other;
+                None
+            }
         }
-        None
     }
 
     pub(super) async fn header(&mut self, macros: &Macros, name: &CStr, value: &CStr) -> Status {
@@ -299,13 +301,6 @@ impl Session {
             return status;
         }
         self.write(move |spool| spool.body(&chunk)).await;
-        let limit = self.settings.filter.max_message.0;
-        if let State::Message(_, content) = &mut self.state
-            && let Content::Spooling(spool) = content
-            && spool.size() > limit
-        {
-            *content = Content::TooLarge(spool.size());
-        }
         let is_kept = matches!(self.state, State::Message(_, Content::Spooling(_)));
         // The rest of the body is of no use then. Elsewhere than here Sendmail takes SKIP for more than it says.
         if !is_kept && self.options.contains(ProtoOpts::SKIP) { Status::Skip } else { Status::Continue }
@@ -316,8 +311,12 @@ impl Session {
         let State::Message(_, content) = &mut self.state else {
             return;
         };
-        let Content::Spooling(mut spool) = std::mem::replace(content, Content::Failed(String::new())) else {
-            return;
+        let mut spool = match std::mem::replace(content, Content::TooLarge(0)) {
+            Content::Spooling(spool) => spool,
+            other => {
+                *content = other;
+                return;
+            }
         };
         let written = if spool.is_on_disk() {
             let task = tokio::task::spawn_blocking(move || write(&mut spool).map(|()| spool));
@@ -326,6 +325,7 @@ impl Session {
             write(&mut spool).map(|()| spool)
         };
         let content = match written {
+            Ok(spool) if spool.size() > self.settings.filter.max_message.0 => Content::TooLarge(spool.size()),
             Ok(spool) => Content::Spooling(spool),
             Err(error) => Content::Failed(self.spool_failed(&error)),
         };
@@ -357,9 +357,10 @@ impl Session {
         };
         match finished {
             Ok(message) => {
+                let opinion = self.pipeline.opinion_on_trouble(&envelope.client);
+                let trouble = Outcome { opinion, changes: Vec::new() };
                 let outcome =
                     self.pipeline.message(envelope, recipients, message, self.can_change_recipients);
-                let trouble = Outcome { opinion: self.pipeline.opinion_on_trouble(), changes: Vec::new() };
                 Box::pin(async { outcome.await.unwrap_or(trouble) })
             }
             Err(error) => {

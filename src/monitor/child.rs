@@ -64,6 +64,28 @@ pub(super) struct Child<'a> {
     pub(super) settings: &'a Filter,
     /// The parent.
     pub(super) monitor: Pid,
+    /// What no limit of a filter may exceed.
+    pub(super) hard_limits: &'a HardLimits,
+}
+
+/// The process's own hard limits, asked once.
+pub(super) struct HardLimits([(Resource, rlim_t); 6]);
+
+impl HardLimits {
+    pub(super) fn of_process() -> nix::Result<Self> {
+        let mut limits = [
+            (Resource::RLIMIT_CORE, 0),
+            (Resource::RLIMIT_AS, 0),
+            (Resource::RLIMIT_CPU, 0),
+            (Resource::RLIMIT_NOFILE, 0),
+            (Resource::RLIMIT_FSIZE, 0),
+            (Resource::RLIMIT_NPROC, 0),
+        ];
+        for (resource, hard) in &mut limits {
+            (_, *hard) = getrlimit(*resource)?;
+        }
+        Ok(Self(limits))
+    }
 }
 
 /// Descriptors and request of a run.
@@ -169,6 +191,8 @@ impl Child<'_> {
             let hint = match e {
                 nix::errno::Errno::ENOENT => " (does the interpreter of its #! line exist?)",
                 nix::errno::Errno::ENOEXEC => " (a script needs a #! line)",
+                // execve(2): the uid has as many processes as RLIMIT_NPROC allows, whoever started them.
+                nix::errno::Errno::EAGAIN => " (the user has filter.max-user-processes already)",
                 _ => "",
             };
             Refusal::Check(format!("{}: cannot be executed: {}{hint}", filter.to_string_lossy(), e.desc()))
@@ -270,15 +294,16 @@ impl Child<'_> {
 
     fn limit_resources(&self) -> Result<(), Refusal> {
         let s = self.settings;
-        for (resource, limit) in [
-            (Resource::RLIMIT_CORE, 0),
-            (Resource::RLIMIT_AS, s.max_memory.0),
-            (Resource::RLIMIT_CPU, s.max_cpu.0.as_secs().max(1)),
-            (Resource::RLIMIT_NOFILE, s.max_open_files),
-            (Resource::RLIMIT_FSIZE, s.max_file_size.0),
-            (Resource::RLIMIT_NPROC, s.max_user_processes),
-        ] {
-            let (_, hard) = getrlimit(resource).map_err(|e| refused("getrlimit", e))?;
+        for (resource, hard) in self.hard_limits.0 {
+            let limit = match resource {
+                Resource::RLIMIT_AS => s.max_memory.0,
+                Resource::RLIMIT_CPU => s.max_cpu.0.as_secs().max(1),
+                Resource::RLIMIT_NOFILE => s.max_open_files,
+                Resource::RLIMIT_FSIZE => s.max_file_size.0,
+                Resource::RLIMIT_NPROC => s.max_user_processes,
+                // A core file could hold what is not the user's.
+                _ => 0,
+            };
             let limit = hard.min(limit as rlim_t);
             setrlimit(resource, limit, limit).map_err(|e| refused("setrlimit", e))?;
         }
@@ -472,7 +497,8 @@ mod tests {
 
     fn refusal(user: &str, account: Account) -> String {
         let settings = settings();
-        let child = Child { settings: &settings, monitor: getppid() };
+        let hard_limits = HardLimits::of_process().unwrap();
+        let child = Child { settings: &settings, monitor: getppid(), hard_limits: &hard_limits };
         let name = UserName::try_from(user.to_owned()).unwrap();
         let user = User { name, account, program: None };
         match child.identify(&user) {

@@ -14,7 +14,7 @@ use nix::{
 use tracing::debug;
 
 use super::{
-    child::{Child, Run},
+    child::{Child, HardLimits, Run},
     wire::{End, JobId, Request},
 };
 use crate::{
@@ -36,9 +36,9 @@ pub(super) const MAX_FILE_JOBS: usize = 32;
 pub(super) type WorkerId = u64;
 
 /// All children that are not workers.
-#[derive(Default)]
 pub(super) struct Jobs {
     running: HashMap<Pid, Job>,
+    hard_limits: HardLimits,
 }
 
 struct Job {
@@ -76,6 +76,11 @@ pub(super) enum BadRequest {
 }
 
 impl Jobs {
+    /// None yet.
+    pub(super) fn new() -> nix::Result<Self> {
+        Ok(Self { running: HashMap::new(), hard_limits: HardLimits::of_process()? })
+    }
+
     /// Jobs that a worker may have under way.
     pub(super) fn limit(settings: &Filter) -> usize {
         settings.max_processes + MAX_FILE_JOBS
@@ -94,7 +99,7 @@ impl Jobs {
         let fork_job = |descriptors: &[OwnedFd], job: &dyn Fn() -> i32| {
             if has_room { fork_job(descriptors, job) } else { Err(Errno::EAGAIN) }
         };
-        let child = Child { settings, monitor: getpid() };
+        let child = Child { settings, monitor: getpid(), hard_limits: &self.hard_limits };
         let (id, time_limit, forked) = match request {
             Request::Ready => return Err(BadRequest::NoJob),
             Request::Inspect { job, user } => {
@@ -197,7 +202,7 @@ impl Jobs {
 /// not keep a socket open that was closed, nor be a way from a user to the channels.
 fn fork_job(descriptors: &[OwnedFd], job: impl FnOnce() -> i32) -> nix::Result<Pid> {
     let kept: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-    sys::fork(|| match sys::reset_signals().and_then(|()| sys::close_all_but(&kept)) {
+    sys::fork(|| match sys::restore_signals().and_then(|()| sys::close_all_but(&kept)) {
         Ok(()) => job(),
         Err(_) => 1,
     })

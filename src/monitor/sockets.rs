@@ -73,6 +73,8 @@ impl Listener {
             SocketAddress::Inet(inet) => {
                 let listener = TcpListener::bind(inet)?;
                 listener.set_nonblocking(true)?;
+                // The standard library's 128 are few for what comes while no worker accepts.
+                listen(&listener, Backlog::MAXCONN)?;
                 Ok(Self { address: address.clone(), descriptor: listener.into(), identity: None })
             }
             SocketAddress::Unix(path) => {

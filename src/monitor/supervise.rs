@@ -123,6 +123,9 @@ pub fn serve_with(
 }
 
 fn block_signals() -> Result<SignalFd, MonitorError> {
+    // Whoever started us may ignore some, and filters would inherit that. A log whose reader is gone is no reason to
+    // end: SIGPIPE alone is ignored, and restored in each child.
+    sys::reset_signals().and_then(|()| sys::ignore_signal(Signal::SIGPIPE)).map_err(system("sigaction"))?;
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGCHLD, Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT] {
         signals.add(signal);
@@ -208,7 +211,7 @@ impl Monitor {
             runs_once: false,
             status: None,
             signals: block_signals()?,
-            jobs: Jobs::default(),
+            jobs: Jobs::new().map_err(system("getrlimit"))?,
             workers: Vec::new(),
             settings: Arc::new(config),
             listeners,

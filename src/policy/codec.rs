@@ -1,6 +1,6 @@
 //! The form of Postfix policy requests and answers on the wire (SMTPD_POLICY_README), and nothing else.
 
-use std::{io, ops::Range, str};
+use std::{borrow::Cow, io, ops::Range};
 
 use memchr::{memchr, memchr_iter, memmem};
 use tokio_util::{
@@ -19,7 +19,7 @@ pub(super) const MAX_ATTRIBUTES: usize = 200;
 /// They stay in the text that came, since two strings for each of thirty would be most of the work of a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Request {
-    text: String,
+    text: Vec<u8>,
     attributes: Vec<Attribute>,
 }
 
@@ -32,10 +32,15 @@ struct Attribute {
 
 impl Request {
     /// The value of an attribute, if it came and is not empty. Of several the last counts, as in Postfix.
-    pub fn get(&self, name: &str) -> Option<&str> {
-        let (text, name) = (self.text.as_bytes(), name.as_bytes());
+    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let (text, name) = (&self.text, name.as_bytes());
         let attribute = self.attributes.iter().rev().find(|a| &text[a.name.clone()] == name)?;
-        Some(&self.text[attribute.value.clone()]).filter(|value| !value.is_empty())
+        Some(&text[attribute.value.clone()]).filter(|value| !value.is_empty())
+    }
+
+    /// The same as text. Strangers choose some values, which then need not be UTF-8.
+    pub fn get(&self, name: &str) -> Option<Cow<'_, str>> {
+        self.bytes(name).map(String::from_utf8_lossy)
     }
 }
 
@@ -45,7 +50,7 @@ pub enum CodecError {
     /// More than [`MAX_REQUEST_LENGTH`] bytes without an empty line, or too many attributes.
     #[error("request is too long")]
     TooLong,
-    /// A line without `=`, with an empty name, with a NUL, or not UTF-8.
+    /// A line without `=`, with an empty name, or with a NUL.
     #[error("malformed request")]
     Malformed,
     /// The client went away in the middle of a request, or the network failed.
@@ -81,14 +86,13 @@ impl Decoder for PolicyCodec {
 }
 
 fn parse(text: &[u8]) -> Result<Request, CodecError> {
-    let text = str::from_utf8(text).map_err(|_| CodecError::Malformed)?;
-    if memchr(b'\0', text.as_bytes()).is_some() {
+    if memchr(b'\0', text).is_some() {
         return Err(CodecError::Malformed);
     }
     let mut attributes = Vec::with_capacity(32);
     let mut start = 0;
-    for end in memchr_iter(b'\n', text.as_bytes()).chain([text.len()]) {
-        match memchr(b'=', &text.as_bytes()[start..end]) {
+    for end in memchr_iter(b'\n', text).chain([text.len()]) {
+        match memchr(b'=', &text[start..end]) {
             None | Some(0) => return Err(CodecError::Malformed),
             Some(length) => {
                 let equals = start + length;
@@ -146,17 +150,23 @@ mod tests {
             let (requests, error) = decode_in_pieces(bytes, cuts);
             assert!(error.is_none());
             assert_eq!(requests.len(), 2);
-            assert_eq!(requests[0].get("sender"), Some("a=b"));
+            assert_eq!(requests[0].get("sender"), Some("a=b".into()));
             assert_eq!(requests[0].get("helo_name"), None);
-            assert_eq!(requests[1].get("request"), Some("x"));
+            assert_eq!(requests[1].get("request"), Some("x".into()));
         }
     }
 
     #[test]
+    fn values_are_bytes() {
+        let (requests, error) = decode_in_pieces(b"sender=b\xf6se@x.example\n\n", &[]);
+        assert!(error.is_none());
+        assert_eq!(requests[0].bytes("sender"), Some(&b"b\xf6se@x.example"[..]));
+        assert_eq!(requests[0].get("sender"), Some("b\u{fffd}se@x.example".into()));
+    }
+
+    #[test]
     fn what_is_no_request_is_an_error() {
-        for bytes in
-            [&b"nonsense\n\n"[..], b"=x\n\n", b"a=\xff\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"]
-        {
+        for bytes in [&b"nonsense\n\n"[..], b"=x\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"] {
             assert!(matches!(decode_in_pieces(bytes, &[]).1, Some(CodecError::Malformed)), "{bytes:?}");
         }
         let long = vec![b'a'; MAX_REQUEST_LENGTH + 1];

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::source::{Problem, SourceFile, is_damaged};
 use crate::address::normalize_domain;
+use crate::user::UserName;
 
 /// The two ids above it mean "unchanged" to setresuid(2) and, as -2, "nobody" on some systems.
 const MAX_ID: u32 = 4_294_967_293;
@@ -122,6 +123,7 @@ fn parse_line(line: &str) -> Result<Entry, String> {
     if is_damaged(name) || name.contains('/') {
         return Err(format!("name {name:?} has a character that no name can have"));
     }
+    UserName::try_from(name.to_owned())?;
     let home = PathBuf::from(home);
     let climbs = home.components().any(|part| part == Component::ParentDir);
     if !home.is_absolute() || climbs || is_damaged(&home.to_string_lossy()) {
@@ -224,6 +226,8 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
             (":x:5000:5000:g:/home/a:", "empty name"),
             ("a/b:x:5000:5000:g:/home/a:", "character that no name"),
             ("a\tb:x:5000:5000:g:/home/a:", "character that no name"),
+            ("a b:x:5000:5000:g:/home/a:", "\"a b\" is no user name"),
+            ("-a:x:5000:5000:g:/home/a:", "\"-a\" is no user name"),
             ("a\u{fffd}:x:5000:5000:g:/home/a:", "character that no name"),
             ("a@:x:5000:5000:g:/home/a:", "no mailbox"),
             ("@b.example:x:5000:5000:g:/home/a:", "no mailbox"),

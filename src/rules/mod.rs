@@ -100,6 +100,9 @@ pub struct Ruling<'a> {
     pub reply: Option<&'a str>,
     /// The number of the rule that matches, counted from 1. `None`: the default.
     pub rule: Option<usize>,
+    /// Whether a rule before it would match a larger message, so that the answer may be another once the real size is
+    /// known.
+    pub waits_for_size: bool,
 }
 
 /// A rules file that has been understood. The [`Default`] is the empty one, which leaves everything to the filters.
@@ -168,18 +171,18 @@ impl Rules {
     /// not known (the client's name, say) doesn't match.
     pub fn judge<'a>(&'a self, question: &Question<'_>) -> Ruling<'a> {
         let asked = Asked::new(question);
-        let found = (1..).zip(&self.rules).find(|(_, rule)| rule.matches(&asked, &self.sender_files));
-        match found {
-            Some((number, rule)) => {
-                Ruling { action: rule.action, reply: rule.reply.as_deref(), rule: Some(number) }
+        let mut waits_for_size = false;
+        for (number, rule) in (1..).zip(&self.rules) {
+            if !rule.matches_but_for_size(&asked, &self.sender_files) {
+                continue;
             }
-            None => Ruling { action: self.default, reply: None, rule: None },
+            if is_none_or(&rule.size_over, |limit| question.size.is_some_and(|size| size > *limit)) {
+                let reply = rule.reply.as_deref();
+                return Ruling { action: rule.action, reply, rule: Some(number), waits_for_size };
+            }
+            waits_for_size = true;
         }
-    }
-
-    /// Whether any rule asks for the size, so that the answer may be another once the real size is known.
-    pub fn depends_on_size(&self) -> bool {
-        self.rules.iter().any(|rule| rule.size_over.is_some())
+        Ruling { action: self.default, reply: None, rule: None, waits_for_size }
     }
 
     /// The user's own wish for a refused copy of a mail that others accept.
@@ -201,10 +204,9 @@ impl Rules {
 
 impl Rule {
     /// The cheap and the telling first.
-    fn matches(&self, asked: &Asked<'_>, sender_files: &[AddressSet]) -> bool {
+    fn matches_but_for_size(&self, asked: &Asked<'_>, sender_files: &[AddressSet]) -> bool {
         let Asked { question, .. } = asked;
         is_none_or(&self.expires, |last| question.today <= *last)
-            && is_none_or(&self.size_over, |limit| question.size.is_some_and(|size| size > *limit))
             && is_none_or(&self.client, |any| any.iter().any(|p| asked.client_matches(p)))
             && is_none_or(&self.helo, |any| asked.helo_matches(any))
             && is_none_or(&self.recipient, |set| set.contains(&asked.recipient))

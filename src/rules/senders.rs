@@ -14,9 +14,9 @@ pub const MAX_SENDER_LINES: usize = 1_000_000;
 #[derive(Clone, Debug, Default)]
 pub(super) struct AddressSet {
     null: bool,
-    exact: HashSet<Box<str>>,
-    domains: HashSet<Box<str>>,
-    suffixes: HashSet<Box<str>>,
+    exact: Strings,
+    domains: Strings,
+    suffixes: Strings,
     globs: Vec<AddressGlob>,
     cost: usize,
 }
@@ -26,9 +26,9 @@ impl AddressSet {
         self.cost += pattern.cost();
         match pattern {
             AddressPattern::Null => self.null = true,
-            AddressPattern::Exact(key) => drop(self.exact.insert(key)),
-            AddressPattern::Domain(domain) => drop(self.domains.insert(domain)),
-            AddressPattern::Suffix(domain) => drop(self.suffixes.insert(domain)),
+            AddressPattern::Exact(key) => self.exact.insert(key),
+            AddressPattern::Domain(domain) => self.domains.insert(domain),
+            AddressPattern::Suffix(domain) => self.suffixes.insert(domain),
             AddressPattern::Name { domain, exact } => {
                 self.domains.insert(domain);
                 self.exact.insert(exact);
@@ -75,6 +75,39 @@ impl AddressSet {
                 None => return false,
             }
         }
+    }
+}
+
+/// Up to so many strings are compared one by one, which takes less than hashing the question: most rules name a
+/// handful of addresses, and every rule is asked.
+const FEW: usize = 8;
+
+/// A set of strings, small or large.
+#[derive(Clone, Debug, Default)]
+struct Strings {
+    few: Vec<Box<str>>,
+    many: HashSet<Box<str>>,
+}
+
+impl Strings {
+    fn insert(&mut self, string: Box<str>) {
+        if self.contains(&string) {
+            return;
+        }
+        if self.many.is_empty() && self.few.len() < FEW {
+            self.few.push(string);
+        } else {
+            self.many.extend(self.few.drain(..));
+            self.many.insert(string);
+        }
+    }
+
+    fn contains(&self, string: &str) -> bool {
+        self.few.iter().any(|few| **few == *string) || (!self.many.is_empty() && self.many.contains(string))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.few.is_empty() && self.many.is_empty()
     }
 }
 

@@ -109,7 +109,7 @@ fn the_rules_file_of_the_manual_is_understood() {
         Rules::parse(text, |name| (name == "friends.txt").then(|| "bob@example.com\n".to_owned())).unwrap();
     assert_eq!(rules.mixed(), Some(Mixed::Redirect));
     assert_eq!(rules.redirect_extension(), Some("junk"));
-    assert!(rules.depends_on_size() && !rules.is_empty());
+    assert!(!rules.is_empty());
     let mail = Mail {
         sender: sender("Bob@Example.com"),
         recipient: address("alice+shop@example.org"),
@@ -119,7 +119,12 @@ fn the_rules_file_of_the_manual_is_understood() {
         size: Some((10 << 20) + 1),
         today: day(31),
     };
-    let ruling = Ruling { action: Action::Reject, reply: Some("5.7.1 not to this address"), rule: Some(1) };
+    let ruling = Ruling {
+        action: Action::Reject,
+        reply: Some("5.7.1 not to this address"),
+        rule: Some(1),
+        waits_for_size: false,
+    };
     assert_eq!(rules.judge(&mail.question()), ruling);
     // All keys must match: each alone, changed, undoes it.
     let undone = [
@@ -131,17 +136,48 @@ fn the_rules_file_of_the_manual_is_understood() {
         Mail { today: Date::new(2027, 2, 1).unwrap(), ..mail.clone() },
     ];
     for other in undone {
-        assert_eq!(rules.judge(&other.question()).rule, None, "{other:?}");
+        let ruling = rules.judge(&other.question());
+        assert_eq!(ruling.rule, None, "{other:?}");
+        assert_eq!(ruling.waits_for_size, other.size != mail.size, "{other:?}");
     }
 }
 
 #[test]
 fn an_empty_file_leaves_everything_to_the_filters() {
     let rules = rules("# nothing yet\n");
-    assert!(rules.is_empty() && !rules.depends_on_size());
+    assert!(rules.is_empty());
     assert_eq!((rules.mixed(), rules.redirect_extension()), (None, None));
-    let ruling = Ruling { action: Action::Filter, reply: None, rule: None };
+    let ruling = Ruling { action: Action::Filter, reply: None, rule: None, waits_for_size: false };
     assert_eq!(rules.judge(&mail().question()), ruling);
+}
+
+#[test]
+fn an_answer_waits_for_the_size_only_if_a_rule_before_it_does() {
+    let rules = rules(
+        r#"
+        [[rule]]
+        helo = ["x"]
+        size-over = 5
+        action = "reject"
+        [[rule]]
+        sender = ["friend@example.com"]
+        action = "accept"
+        [[rule]]
+        size-over = 100
+        action = "reject"
+    "#,
+    );
+    let ask = |helo: &str, from: &str, size| {
+        let mail = Mail { helo: Some(helo.to_owned()), sender: sender(from), size, ..mail() };
+        let ruling = rules.judge(&mail.question());
+        (ruling.rule, ruling.waits_for_size)
+    };
+    assert_eq!(ask("y", "friend@example.com", None), (Some(2), false));
+    assert_eq!(ask("x", "friend@example.com", None), (Some(2), true));
+    assert_eq!(ask("x", "friend@example.com", Some(5)), (Some(2), true));
+    assert_eq!(ask("x", "friend@example.com", Some(6)), (Some(1), false));
+    assert_eq!(ask("y", "other@example.com", Some(100)), (None, true));
+    assert_eq!(ask("y", "other@example.com", Some(101)), (Some(3), false));
 }
 
 #[test]
@@ -154,7 +190,7 @@ fn the_default_is_for_what_no_rule_matches() {
     ] {
         let rules =
             rules(&format!("default = \"{name}\"\n[[rule]]\nhelo=\"x\"\naction=\"accept\"\nreply=\"r\""));
-        let ruling = Ruling { action, reply: None, rule: None };
+        let ruling = Ruling { action, reply: None, rule: None, waits_for_size: false };
         assert_eq!(rules.judge(&mail().question()), ruling);
         assert!(!rules.is_empty());
     }
@@ -248,7 +284,6 @@ fn a_size_must_be_known_and_over_the_limit() {
     assert!(!matches("size-over = \"1K\"", &size(Some(1024))));
     assert!(!matches("size-over = 0", &size(None)));
     assert!(matches("size-over = 5", &size(Some(6))));
-    assert!(rules("[[rule]]\nsize-over = 5\naction = \"defer\"").depends_on_size());
 }
 
 #[test]

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use nix::{errno::Errno, fcntl::OFlag};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+};
 use tokio::{
     io::{AsyncReadExt, Interest, unix::AsyncFd},
     net::unix::pipe,
@@ -38,6 +41,10 @@ const MAX_LOG_ENTRIES: usize = 8;
 /// How long the worker waits for an inspection, or an entry. The monitor ends the child after 10 s, unless the kernel
 /// holds it.
 const FILES_TIME_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long nobody looks at what a filter writes. Most have ended by then, and what they wrote fits into the pipe; the
+/// end of each pipe would wake the worker for nothing.
+const FIRST_LOOK: Duration = Duration::from_millis(20);
 
 /// Bytes kept of a filter's standard output: what 32 lines of a reply can have.
 pub(super) const MAX_OUTPUT: usize = 32 * 1024;
@@ -66,12 +73,12 @@ pub struct Monitor {
     drain: watch::Sender<Option<Drain>>,
 }
 
-/// Who waits for a job, and the permit that it takes until the monitor has reaped it, even if nobody waits any more:
-/// a worker that starts more than it may is ended.
+/// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
+/// any more: a worker that starts more than it may is ended. A filter is waited for to its end.
 #[derive(Debug)]
 struct Waiting {
     sender: oneshot::Sender<Ended>,
-    _permit: OwnedSemaphorePermit,
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// How a job ended.
@@ -138,8 +145,6 @@ pub struct RunRequest {
     pub time_limit: Duration,
     /// Standard input; `None`: empty.
     pub message: Option<OwnedFd>,
-    /// One of `filter.max-processes`.
-    pub permit: OwnedSemaphorePermit,
 }
 
 impl Monitor {
@@ -215,7 +220,7 @@ impl Monitor {
     ) -> Result<Vec<u8>, InspectError> {
         let permit = Arc::clone(limit).acquire_owned().await.map_err(io::Error::other)?;
         let (report, theirs) = report_pipe()?;
-        let (job, ended) = self.new_job(permit);
+        let (job, ended) = self.new_job(Some(permit));
         self.send(job, &request(job), &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
@@ -235,11 +240,11 @@ impl Monitor {
     ///
     /// If the monitor can't be asked.
     pub async fn run(&self, request: RunRequest) -> io::Result<Finished> {
-        let (report, their_report) = report_pipe()?;
-        let (output, their_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        let (error_output, their_error_output) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        let RunRequest { user, phase, extension, variables, time_limit, message, permit } = request;
-        let (job, mut ended) = self.new_job(permit);
+        let (mut refusal, their_report) = Capture::new(MAX_REFUSAL)?;
+        let (mut output, their_output) = Capture::new(MAX_OUTPUT)?;
+        let (mut error_output, their_error_output) = Capture::new(MAX_ERROR_OUTPUT)?;
+        let RunRequest { user, phase, extension, variables, time_limit, message } = request;
+        let (job, mut ended) = self.new_job(None);
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
         let packet = Request::Run { job, user, phase, extension, variables, time_limit };
         let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
@@ -247,16 +252,20 @@ impl Monitor {
         self.send(job, &packet, &descriptors).await?;
         drop((message, their_output, their_error_output, their_report));
 
-        let mut output = Capture::new(output, MAX_OUTPUT)?;
-        let mut error_output = Capture::new(error_output, MAX_ERROR_OUTPUT)?;
-        let ended = loop {
-            tokio::select! {
-                ended = &mut ended => break ended.map_err(io::Error::other)?,
-                () = output.fill(), if output.is_open => (),
-                () = error_output.fill(), if error_output.is_open => (),
+        let ended = match timeout(FIRST_LOOK, &mut ended).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                let (written, error_written) = (output.watch()?, error_output.watch()?);
+                loop {
+                    tokio::select! {
+                        ended = &mut ended => break ended,
+                        () = output.fill(&written), if output.is_open => (),
+                        () = error_output.fill(&error_written), if error_output.is_open => (),
+                    }
+                }
             }
         };
-        let mut refusal = Capture::new(report, MAX_REFUSAL)?;
+        let ended = ended.map_err(io::Error::other)?;
         for capture in [&mut output, &mut error_output, &mut refusal] {
             capture.fill_now();
         }
@@ -270,7 +279,7 @@ impl Monitor {
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
 
-    fn new_job(&self, permit: OwnedSemaphorePermit) -> (JobId, oneshot::Receiver<Ended>) {
+    fn new_job(&self, permit: Option<OwnedSemaphorePermit>) -> (JobId, oneshot::Receiver<Ended>) {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
         self.waiting().insert(id, Waiting { sender, _permit: permit });
@@ -339,77 +348,96 @@ fn report_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// The start of what comes through a pipe; the rest is read and thrown away, so that the writer never waits.
 struct Capture {
-    pipe: pipe::Receiver,
+    /// Does not block.
+    pipe: OwnedFd,
     bytes: Vec<u8>,
     limit: usize,
     is_open: bool,
 }
 
 impl Capture {
-    fn new(pipe: OwnedFd, limit: usize) -> io::Result<Self> {
-        Ok(Self { pipe: pipe::Receiver::from_owned_fd(pipe)?, bytes: Vec::new(), limit, is_open: true })
+    /// And the end to write to.
+    fn new(limit: usize) -> io::Result<(Self, OwnedFd)> {
+        let (pipe, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok((Self { pipe, bytes: Vec::new(), limit, is_open: true }, theirs))
+    }
+
+    /// What [`Capture::fill`] waits for.
+    fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        sys::watch(self.pipe.try_clone()?)
     }
 
     /// Waits for something and takes it. Cancel safe: what is taken is kept.
-    async fn fill(&mut self) {
-        match self.pipe.readable().await {
-            Ok(()) => self.take(),
+    async fn fill(&mut self, watched: &AsyncFd<OwnedFd>) {
+        match watched.readable().await {
+            Ok(mut ready) => {
+                if self.take().is_none() {
+                    ready.clear_ready();
+                }
+            }
             Err(_) => self.is_open = false,
         }
     }
 
     /// Takes what a writer that has ended left in the pipe. A pipe holds at most 1 MiB (pipe(7)), so that somebody
     /// who goes on writing can't hold this up.
-    ///
-    /// The pipe itself is asked, not the runtime, which may not have heard yet that there is something.
     fn fill_now(&mut self) {
-        let mut chunk = [0; 8192];
         let mut taken = 0;
-        while taken <= 1 << 20 {
-            match nix::unistd::read(&self.pipe, &mut chunk) {
-                Ok(0) => break,
-                Ok(n) => {
-                    self.keep(&chunk[..n]);
-                    taken += n;
-                }
-                Err(Errno::EINTR) => (),
-                // EAGAIN: somebody else holds the other end open, and has nothing to say now.
-                Err(_) => break,
+        while let Some(n) = self.take() {
+            taken += n;
+            if n == 0 || taken > 1 << 20 {
+                break;
             }
         }
     }
 
-    fn take(&mut self) {
+    /// The number of bytes that were there; `None` if there is nothing now.
+    fn take(&mut self) -> Option<usize> {
         let mut chunk = [0; 8192];
-        match self.pipe.try_read(&mut chunk) {
+        match nix::unistd::read(&self.pipe, &mut chunk) {
             Ok(n) => {
                 self.is_open = n > 0;
-                self.keep(&chunk[..n]);
+                let room = self.limit.saturating_sub(self.bytes.len()).min(n);
+                self.bytes.extend_from_slice(&chunk[..room]);
+                Some(n)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
-            Err(_) => self.is_open = false,
+            Err(Errno::EAGAIN) => None,
+            Err(_) => {
+                self.is_open = false;
+                None
+            }
         }
-    }
-
-    fn keep(&mut self, bytes: &[u8]) {
-        let room = self.limit.saturating_sub(self.bytes.len()).min(bytes.len());
-        self.bytes.extend_from_slice(&bytes[..room]);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
 
     #[tokio::test]
-    async fn what_an_ended_writer_left_is_there_at_once() {
-        for _ in 0..100 {
-            let (read, write) = report_pipe().unwrap();
-            std::fs::File::from(write).write_all(b"report").unwrap();
-            let mut capture = Capture::new(read, 4).unwrap();
-            capture.fill_now();
-            assert_eq!(capture.bytes, b"repo");
+    async fn what_a_writer_left_is_there_though_the_runtime_has_not_looked() {
+        let (mut capture, theirs) = Capture::new(5).unwrap();
+        nix::unistd::write(&theirs, b"refusal").unwrap();
+        drop(theirs);
+        capture.fill_now();
+        assert_eq!((&capture.bytes[..], capture.is_open), (&b"refus"[..], false));
+    }
+
+    #[tokio::test]
+    async fn a_writer_that_still_runs_is_waited_for() {
+        let (mut capture, theirs) = Capture::new(100).unwrap();
+        let watched = capture.watch().unwrap();
+        let writer = tokio::task::spawn_blocking(move || {
+            for _ in 0..3 {
+                std::thread::sleep(Duration::from_millis(5));
+                nix::unistd::write(&theirs, b"abc").unwrap();
+            }
+        });
+        while capture.is_open {
+            timeout(Duration::from_secs(10), capture.fill(&watched)).await.unwrap();
         }
+        writer.await.unwrap();
+        assert_eq!(capture.bytes, b"abcabcabc");
     }
 }

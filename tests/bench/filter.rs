@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::floors::Floor;
+use crate::load::Side;
 use crate::milter::{self, End, Message};
 use crate::report::Outcome;
 use crate::site::{FILTERED, READERS, Site};
@@ -15,8 +16,11 @@ pub(crate) fn one(site: &Site, plan: Plan) -> Outcome {
     let message = Message::new(&[FILTERED], 4096);
     let pairs = load::in_turn(
         plan,
-        || milter::rate(&site.milter, &message, CONNECTIONS, plan, End::Accepted),
-        || runs(site, plan, cores, FILTERED, "/dev/null".as_ref()),
+        Side {
+            rate: || milter::rate(&site.milter, &message, CONNECTIONS, plan, End::Accepted),
+            servers: site.processes(),
+        },
+        Side::alone(|| runs(site, plan, cores, FILTERED, "/dev/null".as_ref())),
     );
     site.expect_log("filtered=accept (message: exit 0,");
     Outcome::Measured(pairs)
@@ -36,9 +40,14 @@ pub(crate) fn ten(_: &Site, plan: Plan) -> Outcome {
     let file = site.sandbox.write("message", message.content());
     let pairs = load::in_turn(
         plan,
-        || milter::rate(&site.milter, &message, CONNECTIONS, plan, End::Refused),
+        Side {
+            rate: || milter::rate(&site.milter, &message, CONNECTIONS, plan, End::Refused),
+            servers: site.processes(),
+        },
         // As many at a time as filters of both connections: on a busy machine more processes get more of it.
-        || runs(&site, plan, CONNECTIONS * readers.len(), readers[0], &file) / f64::from(READERS),
+        Side::alone(|| {
+            runs(&site, plan, CONNECTIONS * readers.len(), readers[0], &file) / f64::from(READERS)
+        }),
     );
     site.expect_log("reader9=reject (message: exit 0,");
     Outcome::Measured(pairs)

@@ -39,7 +39,14 @@ pub(crate) enum Floor {
 /// A floor that serves.
 pub(crate) struct Running {
     pub(crate) address: String,
-    _server: Server,
+    server: Server,
+}
+
+impl Running {
+    /// Of which processor time is counted.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        vec![self.server.pid()]
+    }
 }
 
 impl Floor {
@@ -97,7 +104,7 @@ fn start(floor: &str) -> Running {
     let mut command = this_program(floor);
     command.arg(port.to_string()).stdin(Stdio::null()).stdout(Stdio::null());
     let server = Server::start(&mut command);
-    Running { address: wait_for_listener(port), _server: server }
+    Running { address: wait_for_listener(port), server }
 }
 
 fn this_program(floor: &str) -> Command {

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Instant;
 
 use crate::Plan;
-use crate::report::Pair;
+use crate::report::{Measured, Pair};
 
 /// Questions per second that all clients together had answered. Connecting, and each client's first question, are not
 /// counted.
@@ -34,7 +34,42 @@ pub(crate) fn per_second<C>(
     })
 }
 
+/// One side of a figure: what gives its rate, and the processes that serve it.
+pub(crate) struct Side<F> {
+    pub(crate) rate: F,
+    pub(crate) servers: Vec<u32>,
+}
+
 /// Measures both sides in turn, ours first.
-pub(crate) fn in_turn(plan: Plan, ours: impl Fn() -> f64, floor: impl Fn() -> f64) -> Vec<Pair> {
-    (0..plan.rounds).map(|_| Pair { ours: ours(), floor: floor() }).collect()
+pub(crate) fn in_turn(plan: Plan, ours: Side<impl Fn() -> f64>, floor: Side<impl Fn() -> f64>) -> Vec<Pair> {
+    (0..plan.rounds).map(|_| Pair { ours: ours.measure(plan), floor: floor.measure(plan) }).collect()
+}
+
+impl<F: Fn() -> f64> Side<F> {
+    /// All that serves it has ended when the rate is known.
+    pub(crate) fn alone(rate: F) -> Self {
+        Self { rate, servers: Vec::new() }
+    }
+
+    fn measure(&self, plan: Plan) -> Measured {
+        let before = self.processor_time();
+        let rate = (self.rate)();
+        let spent = self.processor_time() - before;
+        Measured { rate, processor_time: spent / (rate * plan.duration.as_secs_f64()) }
+    }
+
+    /// Of the clients too, which are threads of this process, and of children that have ended; in seconds.
+    fn processor_time(&self) -> f64 {
+        self.servers.iter().copied().chain([std::process::id()]).map(processor_time).sum()
+    }
+}
+
+/// utime, stime, cutime and cstime of proc_pid_stat(5), in seconds.
+fn processor_time(pid: u32) -> f64 {
+    /// USER_HZ is 100 on every architecture that Rust knows.
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a server that still runs");
+    let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
+    let ticks: f64 = fields.skip(11).take(4).filter_map(|field| field.parse::<f64>().ok()).sum();
+    ticks / TICKS_PER_SECOND
 }

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use crate::common::milter::{ALL_ACTIONS, Frame, protocol};
 use crate::common::stream::Stream;
 use crate::floors::Floor;
+use crate::load::Side;
 use crate::report::Outcome;
 use crate::site::{self, PLAIN, SENDER, Site};
 use crate::{Plan, load};
@@ -17,8 +18,14 @@ pub(crate) fn no_filter(site: &Site, plan: Plan) -> Outcome {
     let message = Message::new(&[PLAIN], 4096);
     Outcome::Measured(load::in_turn(
         plan,
-        || rate(&site.milter, &message, CONNECTIONS, plan, End::Accepted),
-        || rate(&floor.address, &message, CONNECTIONS, plan, End::Accepted),
+        Side {
+            rate: || rate(&site.milter, &message, CONNECTIONS, plan, End::Accepted),
+            servers: site.processes(),
+        },
+        Side {
+            rate: || rate(&floor.address, &message, CONNECTIONS, plan, End::Accepted),
+            servers: floor.processes(),
+        },
     ))
 }
 

@@ -1,5 +1,6 @@
 //! Policy requests, as a Postfix sends them: over a connection that stays, one at a time.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
@@ -8,6 +9,7 @@ use crate::common::process::Server;
 use crate::common::sandbox::Sandbox;
 use crate::common::stream::Stream;
 use crate::floors::{Floor, wait_for_listener};
+use crate::load::Side;
 use crate::report::Outcome;
 use crate::site::{self, PLAIN, RULED, SENDER, Site};
 use crate::{Plan, common, load};
@@ -44,11 +46,12 @@ pub(crate) fn postfwd(site: &Site, plan: Plan) -> Outcome {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let _server = Server::start(&mut command);
     let address = wait_for_listener(port);
+    let server = fs::read_to_string(&pid_file).unwrap().trim().parse().expect("a pid");
     let request = request(PLAIN);
     Outcome::Measured(load::in_turn(
         plan,
-        || rate(&site.policy, &request, plan),
-        || rate(&address, &request, plan),
+        Side { rate: || rate(&site.policy, &request, plan), servers: site.processes() },
+        Side { rate: || rate(&address, &request, plan), servers: vec![server] },
     ))
 }
 
@@ -62,8 +65,8 @@ fn against_echo(site: &Site, plan: Plan, user: &str) -> Outcome {
     let request = request(user);
     Outcome::Measured(load::in_turn(
         plan,
-        || rate(&site.policy, &request, plan),
-        || rate(&echo.address, &request, plan),
+        Side { rate: || rate(&site.policy, &request, plan), servers: site.processes() },
+        Side { rate: || rate(&echo.address, &request, plan), servers: echo.processes() },
     ))
 }
 

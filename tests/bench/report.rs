@@ -7,10 +7,18 @@ use crate::{Figure, Plan};
 /// A load average from which on others have a part in the figures.
 const BUSY: f64 = 0.7;
 
-/// One round: both sides, per second.
+/// One round.
 pub(crate) struct Pair {
-    pub(crate) ours: f64,
-    pub(crate) floor: f64,
+    pub(crate) ours: Measured,
+    pub(crate) floor: Measured,
+}
+
+/// One side of a round.
+pub(crate) struct Measured {
+    /// Per second.
+    pub(crate) rate: f64,
+    /// Of one request or message, server and client together, in seconds.
+    pub(crate) processor_time: f64,
 }
 
 /// What came of a figure.
@@ -45,29 +53,38 @@ pub(crate) fn machine() {
 
 /// The table, in Markdown.
 pub(crate) fn table(rows: &[Row], plan: Plan) {
-    println!("| figure | ours | floor | ratio (min–max) | bar | |");
-    println!("|---|---:|---:|---|---:|---|");
+    println!("| figure | ours /s | floor /s | ratio (min–max) | CPU ours | CPU floor | CPU ratio | bar | |");
+    println!("|---|---:|---:|---|---:|---:|---:|---:|---|");
     for Row { figure, outcome } in rows {
         let Figure { name, bar, .. } = figure;
         match outcome {
-            Outcome::Skipped(why) => println!("| {name} | – | – | skipped: {why} | {bar} | |"),
+            Outcome::Skipped(why) => println!("| {name} | | | skipped: {why} | | | | {bar} | |"),
             Outcome::Measured(pairs) => {
-                let ratios = sorted(pairs.iter().map(|pair| pair.ours / pair.floor));
-                let (ours, floor) =
-                    (sorted(pairs.iter().map(|pair| pair.ours)), sorted(pairs.iter().map(|pair| pair.floor)));
+                let sorted = |value: fn(&Pair) -> f64| sorted(pairs.iter().map(value));
+                let ratios = sorted(|pair| pair.ours.rate / pair.floor.rate);
                 let ratio = median(&ratios);
-                let judgement = if ratio < *bar { "**below the bar**" } else { "" };
                 println!(
-                    "| {name} | {} | {} | {ratio:.2} ({:.2}–{:.2}) | {bar} | {judgement} |",
-                    rate(median(&ours)),
-                    rate(median(&floor)),
+                    "| {name} | {} | {} | {ratio:.2} ({:.2}–{:.2}) | {} | {} | {:.2} | {bar} | {} |",
+                    rate(median(&sorted(|pair| pair.ours.rate))),
+                    rate(median(&sorted(|pair| pair.floor.rate))),
                     ratios[0],
                     ratios[ratios.len() - 1],
+                    microseconds(median(&sorted(|pair| pair.ours.processor_time))),
+                    microseconds(median(&sorted(|pair| pair.floor.processor_time))),
+                    median(&sorted(|pair| pair.floor.processor_time / pair.ours.processor_time)),
+                    if ratio < *bar { "**below the bar**" } else { "" },
                 );
             }
         }
     }
-    println!("\n{} rounds of {:.1} s a side, in turn; medians.\n", plan.rounds, plan.duration.as_secs_f64());
+    println!(
+        "\n{} rounds of {:.1} s a side, in turn; medians. CPU is what one request or message costs of all processors,",
+        plan.rounds,
+        plan.duration.as_secs_f64()
+    );
+    println!(
+        "client included; its ratio (floor to ours) is what the first would be if nothing ever waited.\n"
+    );
     for Row { figure, .. } in rows {
         println!("* {}: {}; against: {}", figure.name, figure.what, figure.floor);
     }
@@ -89,4 +106,8 @@ fn median(values: &[f64]) -> f64 {
 /// Three digits are more than such figures are worth.
 fn rate(per_second: f64) -> String {
     if per_second < 1000.0 { format!("{per_second:.1}") } else { format!("{per_second:.0}") }
+}
+
+fn microseconds(seconds: f64) -> String {
+    format!("{:.1} µs", seconds * 1e6)
 }

@@ -29,7 +29,7 @@ pub(crate) struct Site {
     pub(crate) users: VirtualUsers,
     pub(crate) sandbox: Sandbox,
     log: PathBuf,
-    _server: Server,
+    server: Server,
 }
 
 impl Site {
@@ -54,7 +54,15 @@ impl Site {
         let server = Server::start(&mut command);
         let read_log = || fs::read_to_string(&log).unwrap_or_default();
         assert!(wait_until(PATIENCE, || read_log().contains("ready")), "not ready:\n{}", read_log());
-        Self { milter, policy, users, sandbox, log, _server: server }
+        Self { milter, policy, users, sandbox, log, server }
+    }
+
+    /// The monitor and its worker.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        let monitor = self.server.pid();
+        let children = fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).unwrap();
+        let worker = children.split_whitespace().next().expect("a worker").parse().unwrap();
+        vec![monitor, worker]
     }
 
     /// Sees to it that what was measured is what was meant.

@@ -275,6 +275,13 @@ impl Builder {
             set(parameter, value);
         }
 
+        // Postfix warns of a parameter that is set twice before it knows where to log, which costs it seconds.
+        let is_appended = |parameter: &str| {
+            let names = self.main_cf.lines().filter_map(|line| line.split_once('='));
+            names.into_iter().any(|(name, _)| name.trim_end() == parameter)
+        };
+        settings.retain(|(parameter, _)| !is_appended(parameter));
+
         let mut text = String::new();
         for (parameter, value) in &settings {
             let _ = writeln!(text, "{parameter} = {value}");
@@ -355,6 +362,7 @@ retry     unix  -  -  n  -     -  error
 discard   unix  -  -  n  -     -  discard
 local     unix  -  n  n  -     -  local
 virtual   unix  -  n  n  -     -  virtual
+smtp      unix  -  -  n  -     -  smtp
 anvil     unix  -  -  n  -     1  anvil
 postlog   unix-dgram n - n -   1  postlogd
 ";

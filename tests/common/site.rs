@@ -53,10 +53,12 @@ impl Site {
             .set("server", "drain-timeout", r#""1s""#)
             .set("recipients", "domains", r#"["test.example"]"#)
             .set("recipients", "trusted-networks", "[]")
-            .set("filter", "virtual-uids", "[5001, 5999]")
+            .set("filter", "virtual-uids", "[5001, 20000000]")
             .set("filter", "virtual-homes", &format!("[\"{homes}\"]"))
             .set("filter", "spool-directory", &format!("\"{}\"", spool.display()))
             .set("filter", "inspect-ttl", r#""0s""#)
+            // The limit counts what other tests run as the same uid.
+            .set("filter", "max-user-processes", "5000")
     }
 
     /// The milter socket.
@@ -164,6 +166,11 @@ impl SiteBuilder {
         let daemon = Usermilter::start(&self.config());
         Site { daemon, users: self.users, sandbox: self.sandbox, milter: self.milter, policy: self.policy }
     }
+}
+
+/// A uid that no other test run uses, for what a uid's processes tell; `n` is below 10.
+pub fn own_uid(n: u32) -> u32 {
+    100_000 + std::process::id() % 1_000_000 * 10 + n
 }
 
 /// The macros that Postfix sends with MAIL for mx.sender.example[192.0.2.10].

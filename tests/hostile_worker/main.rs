@@ -25,6 +25,9 @@ use common::{Sandbox, VirtualUsers, wait_until};
 /// First argument of the process that is to be the monitor; the configuration, the scene and the attack follow.
 const MONITOR: &str = "be-the-monitor";
 
+/// Descriptors of a monitor whose worker is honest: 0 to 2, a listener, signals, the channel.
+const USUAL_DESCRIPTORS: u32 = 6;
+
 /// Patience with what should take a second.
 const SOON: Duration = Duration::from_secs(15);
 
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
 }
 
 fn be_the_monitor(config: &str) -> ExitCode {
+    usermilter::sys::close_all_but(&[]).unwrap();
     let path = PathBuf::from(config);
     let config = usermilter::config::Config::load(Some(&path)).unwrap();
     usermilter::logging::start(&config.log);
@@ -167,25 +171,14 @@ fn wait_for(what: &Path) {
     assert!(wait_until(SOON, || what.exists()), "{} did not come", what.display());
 }
 
-/// Waits until the number of the monitor's descriptors is this.
+/// Waits until the monitor has only what it always has.
 #[track_caller]
-fn wait_for_descriptors(monitor: &Monitor, expected: usize) {
+fn wait_for_descriptors(monitor: &Monitor) {
     let now = || site::descriptors(monitor.pid());
-    assert!(wait_until(SOON, || now().len() == expected), "not {expected}: {:?}", now());
-}
-
-/// How many descriptors the monitor of a scene has when its worker is honest.
-fn usual_descriptors() -> usize {
-    let scene = Scene::new();
-    let monitor = scene.start("nothing", None);
-    wait_for(&scene.mark("honest"));
-    let count = site::descriptors(monitor.pid()).len();
-    monitor.stop();
-    count
+    assert!(wait_until(SOON, || now().len() == USUAL_DESCRIPTORS as usize), "{:?}", now());
 }
 
 fn malformed() {
-    let usual = usual_descriptors();
     for (attack, reason) in [
         ("noise", "malformed message of "),
         ("trailing", "malformed message of "),
@@ -209,7 +202,7 @@ fn malformed() {
             "{attack}: another only after {:?}",
             start.elapsed()
         );
-        wait_for_descriptors(&monitor, usual);
+        wait_for_descriptors(&monitor);
         let log = monitor.stop();
         assert!(log.contains(reason), "{attack}: {log}");
         assert!(!scene.mark("survived").exists(), "{attack}: the worker was not ended\n{log}");
@@ -220,12 +213,11 @@ fn malformed() {
 }
 
 fn short_of_descriptors() {
-    let usual = usual_descriptors();
     let scene = Scene::new();
     // Fewer than the kernel passes in one message; the next worker must get its channel all the same.
-    let monitor = scene.start("many-descriptors", Some(u32::try_from(usual).unwrap() + 4));
+    let monitor = scene.start("many-descriptors", Some(USUAL_DESCRIPTORS + 4));
     wait_for(&scene.mark("honest"));
-    wait_for_descriptors(&monitor, usual);
+    wait_for_descriptors(&monitor);
     assert!(!scene.mark("survived").exists());
     monitor.stop();
 }
@@ -272,7 +264,6 @@ fn wrong_kinds() {
 }
 
 fn flood() {
-    let usual = usual_descriptors();
     let scene = Scene::new();
     let monitor = scene.start("flood", None);
     // max-processes, and 32 inspections; the worker itself is a child too.
@@ -283,7 +274,7 @@ fn flood() {
     });
     wait_for(&scene.mark("honest"));
     assert!((5..=limit).contains(&most), "{most} children at a time");
-    wait_for_descriptors(&monitor, usual);
+    wait_for_descriptors(&monitor);
     let log = monitor.stop();
     assert!(log.contains("events are not read"), "{log}");
 }

@@ -1,0 +1,322 @@
+//! What the tests of the RCPT stage share: users whose names are in test.example, usermilter for them, and a private
+//! Postfix whose main.cf has the fragments of `postfix/`, word for word but for the addresses.
+
+#![allow(dead_code, reason = "every test binary uses another part")]
+#![allow(unreachable_pub, reason = "`pub` marks what is offered to tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that can't go on fails")]
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::common::milter;
+use crate::common::policy::{self, Request};
+use crate::common::postfix::Builder;
+use crate::common::smtp::{Client, Reply, Sent};
+use crate::common::{Postfix, Sandbox, Usermilter, VirtualUsers, free_port};
+
+pub const CLIENT_ADDRESS: &str = "192.0.2.10";
+pub const CLIENT_NAME: &str = "mx.sender.example";
+pub const STRANGER: &str = "stranger@sender.example";
+pub const MESSAGE: &[u8] = b"From: stranger@sender.example\nSubject: test\n\nHello.\n";
+
+/// Which interfaces Postfix uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interfaces {
+    Both,
+    Milter,
+    Policy,
+}
+
+/// What to start; see [`Setting::of`].
+#[derive(Debug)]
+pub struct Setting {
+    pub sandbox: Sandbox,
+    pub users: VirtualUsers,
+    pub interfaces: Interfaces,
+    server: String,
+    recipients: String,
+    filter: String,
+    verdict: String,
+    log: String,
+    mailboxes: Vec<String>,
+    postfix: Builder,
+    sockets: [String; 2],
+}
+
+impl Setting {
+    /// Users of these names. Each uid is used once: the kernel counts processes by uid, and what another test does to the
+    /// limit (RLIMIT_NPROC) is not to be seen here.
+    pub fn of(names: &[&str]) -> Self {
+        let sandbox = Sandbox::new();
+        let users: Vec<(&str, u32)> = names.iter().map(|&name| (name, unused_uid())).collect();
+        let users = VirtualUsers::new(&sandbox, &users);
+        let sockets = [(); 2].map(|()| format!("inet:127.0.0.1:{}", free_port()));
+        Self {
+            sandbox,
+            users,
+            interfaces: Interfaces::Both,
+            server: String::new(),
+            recipients: String::new(),
+            filter: "inspect-ttl = \"0s\"\n".into(),
+            verdict: String::new(),
+            log: String::new(),
+            mailboxes: names.iter().map(|&name| name.to_owned()).collect(),
+            postfix: Postfix::builder(),
+            sockets,
+        }
+    }
+
+    pub fn interfaces(mut self, interfaces: Interfaces) -> Self {
+        self.interfaces = interfaces;
+        self
+    }
+
+    /// Both services on Unix sockets that Postfix may use and others may not.
+    pub fn unix_sockets(mut self) -> Self {
+        let run = self.sandbox.directory("run");
+        self.sockets = ["milter", "policy"].map(|name| format!("unix:{}", run.join(name).display()));
+        self.server.push_str("socket-mode = \"0660\"\nsocket-group = \"postfix\"\n");
+        self
+    }
+
+    /// Lines of `[recipients]`.
+    pub fn recipients(mut self, lines: &str) -> Self {
+        self.recipients.push_str(lines);
+        self.recipients.push('\n');
+        self
+    }
+
+    /// Lines of `[filter]`, instead of those before.
+    pub fn filter(mut self, lines: &str) -> Self {
+        self.filter = format!("{lines}\n");
+        self
+    }
+
+    /// Lines of `[verdict]`.
+    pub fn verdict(mut self, lines: &str) -> Self {
+        self.verdict.push_str(lines);
+        self.verdict.push('\n');
+        self
+    }
+
+    /// Lines of `[log]`.
+    pub fn log(mut self, lines: &str) -> Self {
+        self.log.push_str(lines);
+        self
+    }
+
+    /// Mailboxes that Postfix has beside those of the users.
+    pub fn mailboxes(mut self, names: &[&str]) -> Self {
+        self.mailboxes.extend(names.iter().map(|&name| name.to_owned()));
+        self
+    }
+
+    pub fn postfix(mut self, change: impl FnOnce(Builder) -> Builder) -> Self {
+        self.postfix = change(self.postfix);
+        self
+    }
+
+    /// The text of usermilter.toml.
+    pub fn configuration(&self) -> String {
+        let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("user nobody");
+        let spool = self.sandbox.directory("spool");
+        nix::unistd::chown(&spool, Some(nobody.uid), Some(nobody.gid)).unwrap();
+        let domains =
+            if self.recipients.contains("domains =") { "" } else { "domains = [\"test.example\"]\n" };
+        format!(
+            r#"
+[server]
+user = "nobody"
+milter = ["{milter}"]
+policy = ["{policy}"]
+{server}
+[recipients]
+trusted-networks = []
+{domains}{recipients}
+[[resolver]]
+type = "passwd-file"
+path = "{passwd_file}"
+
+[filter]
+virtual-uids = [20000, 59999]
+virtual-homes = ["{homes}"]
+spool-directory = "{spool}"
+{filter}
+[verdict]
+{verdict}
+[log]
+{log}
+"#,
+            milter = self.sockets[0],
+            policy = self.sockets[1],
+            server = self.server,
+            recipients = self.recipients,
+            passwd_file = self.users.passwd_file().display(),
+            homes = self.users.homes().display(),
+            spool = spool.display(),
+            filter = self.filter,
+            verdict = self.verdict,
+            log = self.log,
+        )
+    }
+
+    /// Starts usermilter and Postfix.
+    #[track_caller]
+    pub fn start(self) -> Scene {
+        let usermilter = Usermilter::start(&self.configuration());
+        let mailboxes: Vec<&str> = self.mailboxes.iter().map(String::as_str).collect();
+        let mut postfix = self.postfix.clone().mailboxes(&mailboxes);
+        if self.interfaces != Interfaces::Policy {
+            postfix = postfix.main_cf(&fragment("main.cf.milter", "inet:127.0.0.1:8890", &self.sockets[0]));
+        }
+        if self.interfaces != Interfaces::Milter {
+            postfix = postfix.main_cf(&fragment("main.cf.policy", "inet:127.0.0.1:8891", &self.sockets[1]));
+        }
+        let configuration = self.configuration();
+        let Self { sandbox, users, sockets: [milter, policy], .. } = self;
+        Scene { postfix: postfix.start(), usermilter, users, sandbox, configuration, milter, policy }
+    }
+
+    /// Starts usermilter alone.
+    #[track_caller]
+    pub fn start_alone(self) -> Alone {
+        let configuration = self.configuration();
+        let usermilter = Usermilter::start(&configuration);
+        let Self { sandbox, users, sockets: [milter, policy], .. } = self;
+        Alone { usermilter, users, sandbox, configuration, milter, policy }
+    }
+}
+
+/// A uid that no other test has.
+pub fn unused_uid() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    20_000 + (std::process::id().wrapping_mul(251) + NEXT.fetch_add(1, Ordering::Relaxed)) % 40_000
+}
+
+/// A fragment of `postfix/` with one address changed.
+fn fragment(name: &str, from: &str, to: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("postfix").join(name);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let active: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    assert_eq!(active.join("\n").matches(from).count(), 1, "{name} has {from} once");
+    text.replace(from, to)
+}
+
+/// usermilter without an MTA.
+#[derive(Debug)]
+pub struct Alone {
+    pub usermilter: Usermilter,
+    pub users: VirtualUsers,
+    pub sandbox: Sandbox,
+    pub configuration: String,
+    pub milter: String,
+    pub policy: String,
+}
+
+impl Alone {
+    /// The policy service's action for a stranger's mail to a local part of test.example.
+    #[track_caller]
+    pub fn ask(&self, sender: &str, name: &str) -> String {
+        let request = Request::rcpt(sender, &format!("{name}@test.example"));
+        policy::Client::connect(&self.policy).ask(&request)
+    }
+
+    /// A milter connection of the client that [`Request::rcpt`] tells of, in a transaction.
+    #[track_caller]
+    pub fn milter(&self, sender: &str) -> milter::Client {
+        let mut client = milter::Client::connect(&self.milter);
+        begin(&mut client, &[&format!("<{sender}>")]);
+        client
+    }
+}
+
+/// CONNECT to MAIL.
+#[track_caller]
+pub fn begin(client: &mut milter::Client, mail: &[&str]) {
+    client.macros('C', &[("j", "mx.test.example")]);
+    client.connected(CLIENT_NAME, CLIENT_ADDRESS, 25);
+    client.helo(CLIENT_NAME);
+    client.macros('M', &[("{client_addr}", CLIENT_ADDRESS), ("{client_name}", CLIENT_NAME)]);
+    client.mail(mail);
+}
+
+/// DATA to end of message, for one that is asked for.
+#[track_caller]
+pub fn send_message(client: &mut milter::Client) -> milter::Answer {
+    let answer = client.data();
+    if answer.letter() != 'c' {
+        return answer;
+    }
+    client.header("Subject", " test");
+    client.end_of_headers();
+    client.body(b"Hello.\r\n");
+    client.end_of_message()
+}
+
+/// All servers.
+#[derive(Debug)]
+pub struct Scene {
+    // Dropped in this order: Postfix first.
+    pub postfix: Postfix,
+    pub usermilter: Usermilter,
+    pub users: VirtualUsers,
+    pub sandbox: Sandbox,
+    pub configuration: String,
+    pub milter: String,
+    pub policy: String,
+}
+
+impl Scene {
+    /// A session of mx.sender.example[192.0.2.10].
+    #[track_caller]
+    pub fn client(&self) -> Client {
+        Client::connect_as(self.postfix.port(), CLIENT_ADDRESS, CLIENT_NAME)
+    }
+
+    /// The reply to RCPT TO, for a local part of test.example.
+    #[track_caller]
+    pub fn rcpt(&self, sender: &str, name: &str) -> Reply {
+        let mut client = self.client();
+        client.mail_from(sender, "");
+        let reply = client.rcpt_to(&format!("{name}@test.example"));
+        client.quit();
+        reply
+    }
+
+    /// A transaction with these local parts of test.example.
+    #[track_caller]
+    pub fn send(&self, sender: &str, names: &[&str], message: &[u8]) -> Sent {
+        let mut client = self.client();
+        let addresses: Vec<String> = names.iter().map(|name| format!("{name}@test.example")).collect();
+        let addresses: Vec<&str> = addresses.iter().map(String::as_str).collect();
+        let sent = client.send(sender, &addresses, message);
+        client.quit();
+        sent
+    }
+
+    /// How many messages a mailbox has, once everything is delivered.
+    #[track_caller]
+    pub fn delivered(&self, name: &str) -> usize {
+        self.postfix.wait_queue_empty();
+        self.postfix.maildir(name).len()
+    }
+}
+
+/// A filter that leaves a line in `~/.usermilter/NAME.runs` each time and exits so.
+pub fn counting(name: &str, status: u8, says: &str) -> String {
+    format!(
+        "#!/bin/sh\necho \"$SENDER $RECIPIENT\" >> .usermilter/{name}.runs\nprintf '%s\\n' '{says}'\nexit {status}\n"
+    )
+}
+
+/// How often such a filter has run.
+pub fn runs(users: &VirtualUsers, user: &str, name: &str) -> usize {
+    let path = users.account(user).path(&format!("{name}.runs"));
+    fs::read_to_string(path).unwrap_or_default().lines().count()
+}
+
+/// A filter that exits so, whatever the message.
+pub fn says(status: u8, text: &str) -> String {
+    format!("#!/bin/sh\nprintf '%s\\n' '{text}'\nexit {status}\n")
+}
