@@ -40,7 +40,7 @@ impl Meaning {
         match status {
             0 => Self::Verdict(Verdict::Accept),
             99 => Self::AcceptFinally,
-            // EX_NOPERM; EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_CANTCREAT-like EX_PROTOCOL; qmail's 100.
+            // EX_NOPERM; EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_PROTOCOL; qmail's 100.
             77 | 65 | 67 | 68 | 69 | 76 | 100 => Self::Verdict(Verdict::Reject),
             // EX_TEMPFAIL, EX_OSERR, qmail's 111.
             75 | 71 | 111 => Self::Verdict(Verdict::Defer),

@@ -283,7 +283,7 @@ impl Pipeline {
         let extension = judge.extension.as_deref();
         let filter = judge.holdings.inspection.filter(Phase::Recipient, extension)?;
         let subject =
-            Subject { address: &judge.address, extension, argument, all: vec![judge.address.to_string()] };
+            Subject { address: &judge.address, extension, argument, all: vec![address.to_string()] };
         let ask = async {
             let question = Question {
                 user: &judge.user,

@@ -6,9 +6,16 @@ mod resolve;
 mod serve;
 mod try_out;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{future::Future, path::PathBuf, process::ExitCode, rc::Rc, sync::Arc};
 
 use clap::{Parser, Subcommand};
+
+use crate::{
+    config::{Config, LogLevel},
+    logging::{self, Chain},
+    monitor,
+    worker::{self, Monitor},
+};
 
 /// EX_USAGE of sysexits.h.
 const USAGE: u8 = 64;
@@ -57,6 +64,41 @@ struct ConfigArguments {
     /// The configuration file [default: /etc/usermilter/usermilter.toml, or built-in defaults if there is none].
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+/// The configuration, or the exit status when it can't be used; what is wrong is printed.
+fn load(config: &ConfigArguments) -> Result<Config, ExitCode> {
+    Config::load(config.config.as_deref()).map_err(|error| {
+        eprintln!("usermilter: {}", Chain(&error));
+        ExitCode::from(CONFIG)
+    })
+}
+
+/// Runs a command in a worker under a monitor of its own, as the daemon would run it. Of the log only what is wrong
+/// is written.
+fn run_in_worker<F>(
+    mut config: Config,
+    command: impl Fn(Arc<Config>, Arc<Monitor>) -> F + 'static,
+) -> ExitCode
+where
+    F: Future<Output = u8>,
+{
+    config.log.level = LogLevel::Error;
+    logging::start(&config.log);
+    let command = Rc::new(command);
+    let body = move |inherited| {
+        let command = Rc::clone(&command);
+        worker::start_for_command(inherited, |config, monitor| async move {
+            i32::from(command(config, monitor).await)
+        })
+    };
+    match monitor::run_once(config, body) {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(SOFTWARE)),
+        Err(error) => {
+            eprintln!("usermilter: {}", Chain(&error));
+            ExitCode::from(SOFTWARE)
+        }
+    }
 }
 
 /// Runs the command line of the process.

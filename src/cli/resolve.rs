@@ -4,17 +4,17 @@ use std::{process::ExitCode, sync::Arc};
 
 use serde_json::{Value, json};
 
-use super::{CONFIG, ConfigArguments, SOFTWARE, USAGE};
+use super::{ConfigArguments, USAGE, load, run_in_worker};
 use crate::{
     address::Address,
-    config::{Config, LogLevel},
+    config::Config,
     holdings::Inspector,
-    logging::{self, Chain},
-    monitor::{self, Phase},
+    logging::Chain,
+    monitor::Phase,
     pipeline::Pipeline,
     resolver::{self, ResolvedUser, Step},
     user::Account,
-    worker::{self, Monitor},
+    worker::Monitor,
 };
 
 #[derive(Clone, Debug, clap::Args)]
@@ -40,39 +40,26 @@ pub(super) fn run(arguments: Arguments) -> ExitCode {
             }
         }
     }
-    let mut config = match Config::load(arguments.config.config.as_deref()) {
+    let config = match load(&arguments.config) {
         Ok(config) => config,
-        Err(error) => {
-            eprintln!("usermilter: {}", Chain(&error));
-            return ExitCode::from(CONFIG);
-        }
+        Err(status) => return status,
     };
-    config.log.level = LogLevel::Error;
-    logging::start(&config.log);
-    let body = move |inherited| {
-        worker::start_for_command(inherited, |config, monitor| {
-            resolve_all(config, monitor, &addresses, arguments.json)
-        })
-    };
-    match monitor::run_once(config, body) {
-        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(SOFTWARE)),
-        Err(error) => {
-            eprintln!("usermilter: {}", Chain(&error));
-            ExitCode::from(SOFTWARE)
-        }
-    }
+    let (addresses, as_json) = (Arc::new(addresses), arguments.json);
+    run_in_worker(config, move |config, monitor| {
+        resolve_all(config, monitor, Arc::clone(&addresses), as_json)
+    })
 }
 
 async fn resolve_all(
     config: Arc<Config>,
     monitor: Arc<Monitor>,
-    addresses: &[Address],
+    addresses: Arc<Vec<Address>>,
     as_json: bool,
-) -> i32 {
+) -> u8 {
     let chain = resolver::Chain::new(&config.resolvers, &config.recipients);
     let inspector = Inspector::new(monitor, config.filter.inspect_ttl.0);
     let mut reports = Vec::new();
-    for address in addresses {
+    for address in addresses.iter() {
         let report = resolve(&config, &chain, &inspector, address).await;
         if !as_json {
             print(&report);

@@ -12,15 +12,15 @@ use nix::unistd::{User as Entry, geteuid};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::{CONFIG, ConfigArguments, NOPERM, SOFTWARE, TEMPFAIL, USAGE};
+use super::{ConfigArguments, NOPERM, SOFTWARE, TEMPFAIL, USAGE, load, run_in_worker};
 use crate::{
     address::{Address, Sender},
-    config::{Config, LogLevel},
+    config::Config,
     environment::{self, Subject},
     filter::{Answer, Filters, Question},
     holdings::{Holdings, Inspector},
-    logging::{self, Chain},
-    monitor::{self, Phase},
+    logging::Chain,
+    monitor::Phase,
     reply::Reply,
     resolver,
     rules::Rules,
@@ -30,7 +30,7 @@ use crate::{
     transaction::{Client, Envelope, Interface, RecipientArgument},
     user::{Account, User, UserName},
     verdict::{Opinion, Verdict},
-    worker::{self, Monitor},
+    worker::Monitor,
 };
 
 #[derive(Clone, Debug, clap::Args)]
@@ -77,16 +77,10 @@ struct Trial {
 }
 
 pub(super) fn run(arguments: Arguments) -> ExitCode {
-    let mut config = match Config::load(arguments.config.config.as_deref()) {
+    let config = match load(&arguments.config) {
         Ok(config) => config,
-        Err(error) => {
-            eprintln!("usermilter: {}", Chain(&error));
-            return ExitCode::from(CONFIG);
-        }
+        Err(status) => return status,
     };
-    // What the daemon would log is printed; of the rest only what is wrong.
-    config.log.level = LogLevel::Error;
-    logging::start(&config.log);
     let text = match arguments.phase {
         PhaseArgument::Recipient => Vec::new(),
         PhaseArgument::Message => {
@@ -98,31 +92,30 @@ pub(super) fn run(arguments: Arguments) -> ExitCode {
             text
         }
     };
-    let body = move |inherited| {
-        worker::start_for_command(inherited, |config, monitor| try_out(&arguments, config, monitor, &text))
-    };
-    match monitor::run_once(config, body) {
-        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(SOFTWARE)),
-        Err(error) => {
-            eprintln!("usermilter: {}", Chain(&error));
-            ExitCode::from(SOFTWARE)
-        }
-    }
+    let (arguments, text) = (Arc::new(arguments), Arc::new(text));
+    run_in_worker(config, move |config, monitor| {
+        try_out(Arc::clone(&arguments), config, monitor, Arc::clone(&text))
+    })
 }
 
-async fn try_out(arguments: &Arguments, config: Arc<Config>, monitor: Arc<Monitor>, text: &[u8]) -> i32 {
-    match trial(arguments, &config, monitor, text).await {
+async fn try_out(
+    arguments: Arc<Arguments>,
+    config: Arc<Config>,
+    monitor: Arc<Monitor>,
+    text: Arc<Vec<u8>>,
+) -> u8 {
+    match trial(&arguments, &config, monitor, &text).await {
         Ok(trial) => {
             if arguments.json {
                 println!("{}", trial.json());
             } else {
                 trial.print();
             }
-            i32::from(trial.exit_status())
+            trial.exit_status()
         }
         Err((status, message)) => {
             eprintln!("usermilter: {message}");
-            i32::from(status)
+            status
         }
     }
 }
@@ -196,10 +189,12 @@ async fn trial(
     };
     let size = message.as_ref().map(Message::size);
     let rules_error = holdings.rules_error.clone();
+    let site = config.recipients.rules.as_ref().map(|rules| (&*rules.compiled, "site "));
     let directory = directory_rules.as_deref().map(|rules| (rules, "directory "));
     let own = holdings.rules.as_ref().map(|rules| (rules, ""));
-    let by_rules = directory
+    let by_rules = site
         .into_iter()
+        .chain(directory)
         .chain(own)
         .find_map(|(rules, whose)| ruling::decide(rules, whose, &envelope, &address, size).decision)
         .map(|decision| decision.in_words_for(&envelope));

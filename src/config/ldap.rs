@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use url::Url;
 
 pub use super::template::{FilterTemplate, HomeTemplate};
-use super::{OnError, Span};
+use super::{OnError, Span, values::deserialize_from_str};
 
 /// Settings of one directory. The field names are the keys, in kebab-case.
 ///
@@ -404,16 +404,6 @@ impl FromStr for AttributeName {
             Err(format!("\"{text}\" is no attribute name"))
         }
     }
-}
-
-macro_rules! deserialize_from_str {
-    ($($type:ty),*) => {$(
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-            }
-        }
-    )*};
 }
 
 deserialize_from_str!(LdapUri, AttributeName, FilterTemplate, HomeTemplate);

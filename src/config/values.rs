@@ -156,15 +156,17 @@ impl FromStr for FileMode {
     }
 }
 
+/// Has a setting read from text by its `FromStr`.
 macro_rules! deserialize_from_str {
     ($($type:ty),*) => {$(
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
             }
         }
     )*};
 }
+pub(super) use deserialize_from_str;
 
 deserialize_from_str!(SocketAddress, Span, Network, FileMode);
 

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, Metadata},
     io,
-    os::unix::fs::MetadataExt,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -60,20 +60,26 @@ impl CheckError {
 ///
 /// [`CheckError`], with the path on which the check failed.
 pub(super) fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
-    match fs::symlink_metadata(path) {
-        Err(error) if is_absence(&error) => return Err(CheckError::Missing),
-        Err(error) => return Err(CheckError::system(path, error)),
-        Ok(_) => (),
-    }
-    let real = follow(path, uid)?;
-    // O_PATH: looking at a FIFO or a device must neither wait nor have an effect.
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
-    let stat = fstat(&file).map_err(|error| CheckError::system(&real, error))?;
+    let (real, _, stat) = look_at(path, uid)?.ok_or(CheckError::Missing)?;
     check_file(&real, &stat, uid)?;
     access(&real, AccessFlags::X_OK)
         .map_err(|_| CheckError::failed(&real, "not executable by its user (chmod u+x)"))?;
     Ok(real)
+}
+
+/// The real path of what is there, every step of the way checked, and a descriptor to look at it (O_PATH: looking at a
+/// FIFO or a device must neither wait nor have an effect). `None`: there is nothing.
+fn look_at(path: &Path, uid: u32) -> Result<Option<(PathBuf, OwnedFd, FileStat)>, CheckError> {
+    match fs::symlink_metadata(path) {
+        Err(error) if is_absence(&error) => return Ok(None),
+        Err(error) => return Err(CheckError::system(path, error)),
+        Ok(_) => (),
+    }
+    let real = follow(path, uid)?;
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
+    let stat = fstat(&file).map_err(|error| CheckError::system(&real, error))?;
+    Ok(Some((real, file, stat)))
 }
 
 /// Whether the error says that there is no such file. A name that is too long for the file system is that of none:
@@ -168,16 +174,7 @@ fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
 ///
 /// [`CheckError`], with the path on which the check failed.
 pub(super) fn open_for_appending(path: &Path, uid: u32) -> Result<Option<(PathBuf, fs::File)>, CheckError> {
-    match fs::symlink_metadata(path) {
-        Err(error) if is_absence(&error) => return Ok(None),
-        Err(error) => return Err(CheckError::system(path, error)),
-        Ok(_) => (),
-    }
-    let real = follow(path, uid)?;
-    // As in `read_text`: opening a device or a FIFO can wait or have an effect.
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
-    let stat = fstat(&file).map_err(|error| CheckError::system(&real, error))?;
+    let Some((real, file, stat)) = look_at(path, uid)? else { return Ok(None) };
     check_regular(&real, &stat)?;
     check_owner(&real, stat.st_uid, uid)?;
     let file = sys::reopen_for_appending(&file).map_err(|error| CheckError::system(&real, error))?;
