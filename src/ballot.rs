@@ -41,6 +41,8 @@ enum PollState {
     NotNeeded,
     Answered(Answer),
     GivenUp(Opinion),
+    /// Not asked about this message, which counts as accepting.
+    Skipped,
 }
 
 enum Seat {
@@ -134,6 +136,13 @@ impl<'a> Ballot<'a> {
         }
     }
 
+    /// Has no filter asked, since the message is not for filters.
+    pub fn skip_filters(&mut self) {
+        for poll in &mut self.polls {
+            poll.state = PollState::Skipped;
+        }
+    }
+
     /// Whether no answer that is still to come can change the outcome.
     pub fn is_settled(&self) -> bool {
         let opinions = self.opinions();
@@ -175,6 +184,7 @@ impl<'a> Ballot<'a> {
             Seat::Poll(n) => match &self.polls[*n].state {
                 PollState::Answered(answer) => Some(answer.opinion.clone()),
                 PollState::GivenUp(opinion) => Some(opinion.clone()),
+                PollState::Skipped => Some(Opinion::Accept),
                 PollState::Waiting | PollState::NotNeeded => None,
             },
         }
@@ -202,7 +212,7 @@ impl<'a> Ballot<'a> {
                 let by = format!("{filter}: {}, {:.3}s", answer.status, answer.elapsed.as_secs_f64());
                 (verdict, by, Some(&answer.opinion), answer.error_output.as_str())
             }
-            PollState::NotNeeded => ("not-asked", filter.to_owned(), None, ""),
+            PollState::NotNeeded | PollState::Skipped => ("not-asked", filter.to_owned(), None, ""),
             PollState::GivenUp(opinion) => ("error", format!("{filter}: no answer"), Some(opinion), ""),
             PollState::Waiting => ("error", format!("{filter}: no answer"), None, ""),
         };

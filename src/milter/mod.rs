@@ -111,7 +111,12 @@ impl AsyncRead for Watched {
         cx: &mut TaskContext<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(cx, buffer)
+        let stream = &mut self.get_mut().stream;
+        let polled = Pin::new(&mut *stream).poll_read(cx, buffer);
+        if polled.is_ready() {
+            stream.acknowledge_at_once();
+        }
+        polled
     }
 }
 
