@@ -121,7 +121,14 @@ impl Address {
 
     /// The form in which two spellings of one mailbox are equal: local part in lower case too.
     pub fn key(&self) -> String {
-        let mut key = self.local.to_lowercase();
+        let mut key =
+            String::with_capacity(self.local.len() + self.domain.as_ref().map_or(0, |d| d.len() + 1));
+        if self.local.is_ascii() {
+            key.push_str(&self.local);
+            key.make_ascii_lowercase();
+        } else {
+            key.push_str(&self.local.to_lowercase());
+        }
         if let Some(domain) = &self.domain {
             key.push('@');
             key.push_str(domain);

@@ -130,6 +130,21 @@ pub enum Step {
     },
 }
 
+/// Whoever wants to hear of steps. Mostly nobody does, and then none is made up.
+struct Trace<'a>(Option<&'a mut (dyn FnMut(Step) + Send)>);
+
+impl Trace<'_> {
+    fn is_heard(&self) -> bool {
+        self.0.is_some()
+    }
+
+    fn tell(&mut self, step: impl FnOnce() -> Step) {
+        if let Some(tell) = &mut self.0 {
+            tell(step());
+        }
+    }
+}
+
 /// Most addresses that directory entries may lead to, and loops among them.
 const MAX_FORWARDS: usize = 1000;
 
@@ -173,7 +188,7 @@ impl Chain {
     ///
     /// [`Unavailable`] if a source that might know the address could not be asked.
     pub async fn resolve(&self, address: &Address, is_local: bool) -> Result<Resolution, Unavailable> {
-        self.resolve_with(address, is_local, &mut |_| ()).await
+        self.trace(address, is_local, &mut Trace(None)).await
     }
 
     /// As [`Chain::resolve`], and tells every step.
@@ -187,21 +202,34 @@ impl Chain {
         is_local: bool,
         tell: &mut (dyn FnMut(Step) + Send),
     ) -> Result<Resolution, Unavailable> {
+        self.trace(address, is_local, &mut Trace(Some(tell))).await
+    }
+
+    async fn trace(
+        &self,
+        address: &Address,
+        is_local: bool,
+        trace: &mut Trace<'_>,
+    ) -> Result<Resolution, Unavailable> {
         let is_ours = |other: &Address| (is_local && other == address) || self.is_our_domain(other);
         let mut all = Resolution::default();
-        let mut seen = HashSet::from([address.key()]);
-        let mut queue = VecDeque::from([address.clone()]);
-        while let Some(next) = queue.pop_front() {
-            let expansion = self.aliases.expand(&next, is_ours, &self.delimiters);
+        // What directory entries have led to; most addresses lead to a user at once.
+        let mut seen = HashSet::new();
+        let mut queue = VecDeque::new();
+        let mut next = Some(address.clone());
+        while let Some(current) = next {
+            let expansion = self.aliases.expand(&current, is_ours, &self.delimiters);
             // A target that nobody has is its owner's mistake, and no reason to refuse the others' mail.
-            let is_target = !expansion.steps.is_empty() || next != *address;
+            let is_target = !expansion.steps.is_empty() || current != *address;
             for step in expansion.steps {
-                let targets = step.targets.iter().map(ToString::to_string).collect();
-                tell(Step::Alias { address: step.address, origin: step.origin, targets });
+                trace.tell(|| {
+                    let targets = step.targets.iter().map(ToString::to_string).collect();
+                    Step::Alias { address: step.address, origin: step.origin, targets }
+                });
             }
             for leaf in expansion.leaves {
                 let found = match leaf {
-                    Leaf::Address(leaf) if is_ours(&leaf) => self.look_up(&leaf, tell).await?,
+                    Leaf::Address(leaf) if is_ours(&leaf) => self.look_up(&leaf, trace).await?,
                     Leaf::Address(leaf) => {
                         Found::Resolution(Resolution::unjudged(format!("{leaf} is not ours")))
                     }
@@ -212,21 +240,23 @@ impl Chain {
                 };
                 match found {
                     Found::Resolution(one) if is_target && one.is_nobody() => {
-                        all.add(Resolution::unjudged("alias target is unknown"), tell);
+                        all.add(Resolution::unjudged("alias target is unknown"), trace);
                     }
-                    Found::Resolution(one) => all.add(one, tell),
+                    Found::Resolution(one) => all.add(one, trace),
                     Found::Forward(targets) => {
+                        seen.insert(current.key());
                         if seen.len() + targets.len() > MAX_FORWARDS {
-                            all.add(Resolution::unjudged("too many forward addresses"), tell);
+                            all.add(Resolution::unjudged("too many forward addresses"), trace);
                         } else {
                             queue.extend(targets.into_iter().filter(|target| seen.insert(target.key())));
                         }
                     }
                 }
             }
+            next = queue.pop_front();
         }
-        if all.is_nobody() && seen.len() > 1 {
-            all.add(Resolution::unjudged("forward addresses lead in a circle"), tell);
+        if all.is_nobody() && !seen.is_empty() {
+            all.add(Resolution::unjudged("forward addresses lead in a circle"), trace);
         }
         Ok(all)
     }
@@ -236,21 +266,21 @@ impl Chain {
         address.domain().is_none_or(|domain| self.domains.iter().any(|ours| ours == domain))
     }
 
-    async fn look_up(
-        &self,
-        address: &Address,
-        tell: &mut (dyn FnMut(Step) + Send),
-    ) -> Result<Found, Unavailable> {
+    async fn look_up(&self, address: &Address, trace: &mut Trace<'_>) -> Result<Found, Unavailable> {
         let (base, extension) = address.split_extension(&self.delimiters);
         let whole = (address.local(), None);
         let candidates = std::iter::once(whole).chain(extension.map(|extension| (base, Some(extension))));
         for (local, extension) in candidates {
             let name = address.with_local(local.to_lowercase());
             for resolver in &self.resolvers {
-                let started = Instant::now();
+                let started = trace.is_heard().then(Instant::now);
                 let answer = resolver.lookup(&name).await;
-                let (said, elapsed) = (Lookup::shown(&answer), started.elapsed());
-                tell(Step::Asked { resolver: resolver.label(), name: name.to_string(), said, elapsed });
+                trace.tell(|| Step::Asked {
+                    resolver: resolver.label(),
+                    name: name.to_string(),
+                    said: Lookup::shown(&answer),
+                    elapsed: started.map_or(Duration::ZERO, |started| started.elapsed()),
+                });
                 match answer?.0 {
                     Lookup::NotFound => (),
                     Lookup::Forward(targets) => return Ok(Found::Forward(targets)),
@@ -269,7 +299,7 @@ impl Chain {
 }
 
 impl Resolution {
-    fn add(&mut self, other: Self, tell: &mut (dyn FnMut(Step) + Send)) {
+    fn add(&mut self, other: Self, trace: &mut Trace<'_>) {
         for user in other.users {
             let same = |known: &ResolvedUser| known.user == user.user && known.extension == user.extension;
             if !self.users.iter().any(same) {
@@ -277,7 +307,7 @@ impl Resolution {
             }
         }
         if let Some(why) = other.unjudged {
-            tell(Step::Unjudged(why.clone()));
+            trace.tell(|| Step::Unjudged(why.clone()));
             self.unjudged.get_or_insert(why);
         }
     }
