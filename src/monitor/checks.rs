@@ -210,6 +210,11 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
+    /// Mode 0700 whatever the umask, which other tests of this process change.
+    fn private_directory() -> tempfile::TempDir {
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o700)).tempdir().unwrap()
+    }
+
     struct Scene {
         directory: tempfile::TempDir,
         uid: u32,
@@ -217,7 +222,7 @@ mod tests {
 
     impl Scene {
         fn new() -> Self {
-            Self { directory: tempfile::tempdir().unwrap(), uid: nix::unistd::geteuid().as_raw() }
+            Self { directory: private_directory(), uid: nix::unistd::geteuid().as_raw() }
         }
 
         fn path(&self, name: &str) -> PathBuf {
@@ -268,8 +273,10 @@ mod tests {
     fn links_are_followed_as_the_kernel_does_and_each_directory_on_the_way_is_checked() {
         let scene = Scene::new();
         let filter = scene.filter("message", 0o755);
-        fs::create_dir(scene.path("open")).unwrap();
-        fs::create_dir_all(scene.path("closed/deep")).unwrap();
+        for directory in ["open", "closed", "closed/deep"] {
+            fs::create_dir(scene.path(directory)).unwrap();
+            fs::set_permissions(scene.path(directory), fs::Permissions::from_mode(0o755)).unwrap();
+        }
         symlink("../message", scene.path("open/link")).unwrap();
         symlink("../../message", scene.path("closed/deep/link")).unwrap();
         symlink("closed/./deep/../deep", scene.path("way")).unwrap();

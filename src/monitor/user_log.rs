@@ -54,13 +54,18 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
+    /// Mode 0700 whatever the umask, which other tests of this process change.
+    fn private_directory() -> tempfile::TempDir {
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o700)).tempdir().unwrap()
+    }
+
     fn uid() -> u32 {
         nix::unistd::geteuid().as_raw()
     }
 
     #[test]
     fn a_log_that_exists_grows_and_is_set_aside_in_time() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = private_directory();
         let (log, old) = (directory.path().join("log"), directory.path().join("log.1"));
         append(&log, uid(), "nobody asked\n").unwrap();
         assert!(!log.exists());
@@ -79,7 +84,7 @@ mod tests {
 
     #[test]
     fn what_is_no_file_of_the_users_own_is_not_written_to() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = private_directory();
         let path = |name: &str| directory.path().join(name);
         nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         for special in [path("fifo"), "/dev/null".into(), directory.path().to_owned()] {
