@@ -157,6 +157,10 @@ fn what_is_no_request_is_answered_by_closing_and_what_came_before_it_is_answered
     let with = |name: &str, value: &str| Request::rcpt(SENDER, ALICE).with(name, value).encode();
     for garbage in [
         b"GET / HTTP/1.0\r\n\r\n\n\n".to_vec(),
+        // Nobody who speaks something else need send an empty line.
+        b"GET / HTTP/1.0\r\n\r\n".to_vec(),
+        b"request=smtpd_access_policy\r\n\r\n".to_vec(),
+        b"\n".to_vec(),
         b"\n".repeat(3),
         b"=value\n\n".to_vec(),
         b"request\n\n".to_vec(),

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, io, ops::Range};
 
-use memchr::{memchr, memchr_iter, memmem};
+use memchr::{memchr, memchr_iter, memmem, memrchr};
 use tokio_util::{
     bytes::{BufMut, BytesMut},
     codec::{Decoder, Encoder},
@@ -63,6 +63,25 @@ pub enum CodecError {
 pub struct PolicyCodec {
     /// Bytes of the buffer that were searched for the end of the request already.
     searched: usize,
+    /// Bytes of the buffer that are whole lines, each an attribute.
+    checked: usize,
+}
+
+impl PolicyCodec {
+    /// Whoever speaks something else may never send an empty line: what came so far tells.
+    fn check_lines(&mut self, buffer: &[u8]) -> Result<(), CodecError> {
+        let rest = &buffer[self.checked..];
+        let Some(end) = memrchr(b'\n', rest) else {
+            return Ok(());
+        };
+        self.checked += end + 1;
+        let is_attribute = |line: &[u8]| !matches!(memchr(b'=', line), None | Some(0));
+        if rest[..end].split(|byte| *byte == b'\n').all(is_attribute) {
+            Ok(())
+        } else {
+            Err(CodecError::Malformed)
+        }
+    }
 }
 
 impl Decoder for PolicyCodec {
@@ -73,10 +92,13 @@ impl Decoder for PolicyCodec {
         let from = self.searched.saturating_sub(1);
         let Some(end) = memmem::find(&buffer[from..], b"\n\n") else {
             self.searched = buffer.len();
-            return if buffer.len() > MAX_REQUEST_LENGTH { Err(CodecError::TooLong) } else { Ok(None) };
+            if buffer.len() > MAX_REQUEST_LENGTH {
+                return Err(CodecError::TooLong);
+            }
+            return self.check_lines(buffer).map(|()| None);
         };
         let length = from + end + 2;
-        self.searched = 0;
+        (self.searched, self.checked) = (0, 0);
         if length > MAX_REQUEST_LENGTH {
             return Err(CodecError::TooLong);
         }
@@ -168,6 +190,15 @@ mod tests {
     fn what_is_no_request_is_an_error() {
         for bytes in [&b"nonsense\n\n"[..], b"=x\n\n", b"a=\0\n\n", b"\n\n", b"a=b\r\n\r\n\n\n"] {
             assert!(matches!(decode_in_pieces(bytes, &[]).1, Some(CodecError::Malformed)), "{bytes:?}");
+        }
+        // Nobody who speaks something else need send an empty line.
+        for bytes in
+            [&b"\n"[..], b"nonsense\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"a=b\r\n\r\n", b"a=b\n=x\nc"]
+        {
+            let all: Vec<usize> = (0..=bytes.len()).collect();
+            for cuts in [&[][..], &all] {
+                assert!(matches!(decode_in_pieces(bytes, cuts).1, Some(CodecError::Malformed)), "{bytes:?}");
+            }
         }
         let long = vec![b'a'; MAX_REQUEST_LENGTH + 1];
         assert!(matches!(decode_in_pieces(&long, &[]).1, Some(CodecError::TooLong)));
