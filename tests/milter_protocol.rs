@@ -522,6 +522,29 @@ fn garbage_ends_its_own_connection_and_nothing_else() {
 }
 
 #[test]
+fn a_connection_that_is_closed_for_what_it_said_is_logged_and_one_that_ends_by_itself_is_not() {
+    let site = keeper().start();
+    for polite in [true, false] {
+        let mut mta = site.mta();
+        if polite {
+            mta.quit();
+        } else {
+            drop(mta);
+        }
+    }
+    assert!(is_kept(&site.judge(&[ALICE], MESSAGE)));
+    for bad in [Frame::new(b'M', *b"no nul").encode(), b"GET / HTTP/1.0\r\n\r\n".to_vec()] {
+        let seen = site.daemon.log_lines().len();
+        let mut mta = site.mta();
+        mta.send_raw(&bad).unwrap();
+        let line = site.daemon.wait_for_log_after(seen, "connection closed", PATIENCE);
+        assert!(line.contains("makes no sense"), "{line}");
+    }
+    let closed = site.daemon.log_lines().iter().filter(|line| line.contains("connection closed")).count();
+    assert_eq!(closed, 2, "{:?}", site.daemon.log_lines());
+}
+
+#[test]
 fn a_thousand_recipients_are_one_question_to_each_user() {
     let many = "#!/bin/sh\necho \"$USERMILTER_RECIPIENTS\" | wc -l > ~/count\n: > ~/once.$$\necho \"no, $USER\"\nexit 77\n";
     let site = Site::of(&[("alice", 5001), ("bob", 5002)])

@@ -8,7 +8,10 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context as TaskContext, Poll},
     time::Duration,
 };
@@ -21,7 +24,7 @@ use tokio::{
     sync::watch,
 };
 use tokio_util::task::TaskTracker;
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 
 use crate::{
     address::{Address, plain_spelling},
@@ -62,7 +65,9 @@ impl Service {
     pub fn serve(self, stream: Stream) -> impl Future<Output = ()> + Send + 'static {
         let (ended, mut end) = watch::channel(());
         let mut close = self.close.subscribe();
-        let listener = Once(Some(Watched { stream, _ended: ended }));
+        let peer_left = Arc::new(AtomicBool::new(false));
+        let last = LastBytes::default();
+        let listener = Once(Some(Watched { stream, last, peer_left: Arc::clone(&peer_left), _ended: ended }));
         let config = indymilter::Config {
             max_connections: 1,
             connection_timeout: IDLE_TIME_LIMIT,
@@ -78,6 +83,13 @@ impl Service {
             };
             if let Err(error) = indymilter::run(listener, (self.callbacks)(), config, shutdown).await {
                 error!("milter connection: {error}");
+            }
+            // indymilter ends it then, and does not say so.
+            if !peer_left.load(Ordering::Relaxed) && !*self.close.borrow() {
+                warn!(
+                    interface = "milter",
+                    "connection closed: a command that makes no sense, or none for too long"
+                );
             }
         }
     }
@@ -99,9 +111,27 @@ impl indymilter::Listener for Once {
     }
 }
 
+/// The last bytes that were read, as many as QUIT has.
+#[derive(Debug, Default)]
+struct LastBytes([u8; QUIT.len()]);
+
+/// The command with which an MTA ends a connection.
+const QUIT: [u8; 5] = *b"\0\0\0\x01Q";
+
+impl LastBytes {
+    fn push(&mut self, bytes: &[u8]) {
+        let new = &bytes[bytes.len().saturating_sub(QUIT.len())..];
+        self.0.rotate_left(new.len());
+        self.0[QUIT.len() - new.len()..].copy_from_slice(new);
+    }
+}
+
 /// A stream whose end can be waited for.
 struct Watched {
     stream: Stream,
+    last: LastBytes,
+    /// It said QUIT, closed, or the network failed.
+    peer_left: Arc<AtomicBool>,
     _ended: watch::Sender<()>,
 }
 
@@ -111,18 +141,29 @@ impl AsyncRead for Watched {
         cx: &mut TaskContext<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let stream = &mut self.get_mut().stream;
-        let polled = Pin::new(&mut *stream).poll_read(cx, buffer);
-        if polled.is_ready() {
-            stream.acknowledge_at_once();
+        let this = self.get_mut();
+        let filled = buffer.filled().len();
+        let read = Pin::new(&mut this.stream).poll_read(cx, buffer);
+        if let Poll::Ready(result) = &read {
+            this.stream.acknowledge_at_once();
+            let new = &buffer.filled()[filled..];
+            this.last.push(new);
+            if result.is_err() || new.is_empty() || this.last.0 == QUIT {
+                this.peer_left.store(true, Ordering::Relaxed);
+            }
         }
-        polled
+        read
     }
 }
 
 impl AsyncWrite for Watched {
     fn poll_write(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.stream).poll_write(cx, bytes);
+        if matches!(&written, Poll::Ready(Err(_))) {
+            this.peer_left.store(true, Ordering::Relaxed);
+        }
+        written
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
