@@ -7,10 +7,11 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::site::{MAIL_MACROS, SiteBuilder, send_message};
-use common::{PATIENCE, Postfix, Sandbox, Site, SystemUser, smtp, wait_until};
+use common::{PATIENCE, Postfix, Sandbox, Site, SystemUser, Usermilter, VirtualUsers, smtp, wait_until};
 
 const MESSAGE: &[u8] = b"Subject: x\r\n\r\nhello\r\n";
 
@@ -239,4 +240,32 @@ fn a_line_that_names_no_possible_user_costs_only_that_user() {
         assert_eq!(who(&site, &format!("\"{name}\"@test.example")), "accepted", "{name}");
         site.daemon.wait_for_log(name, PATIENCE);
     }
+}
+
+#[test]
+fn without_user_try_means_the_invoking_one_and_nobody_is_no_user() {
+    let sandbox = Sandbox::new();
+    let users = VirtualUsers::new(&sandbox, &[("alice", 5001)]);
+    users.filter("alice", "message", WHO);
+    let config = format!(
+        "[server]\nuser = \"nobody\"\n[filter]\nvirtual-homes = [\"{}\"]\n[[resolver]]\ntype = \"passwd-file\"\npath = \"{}\"\n",
+        users.homes().display(),
+        users.passwd_file().display()
+    );
+    let config = sandbox.write("usermilter.toml", config);
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(Usermilter::program());
+        command.arg("try").arg("--config").arg(&config).args(arguments).stdin(Stdio::null());
+        let output = command.output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+    };
+    let (status, text) = run(&["--user", "alice"]);
+    assert_eq!(status, Some(77), "{text}");
+    let (status, text) = run(&["--user", "no-such-user"]);
+    assert_eq!(status, Some(64), "{text}");
+    // Not the worker's user, who would accept: root asks, and no filter runs as root.
+    let (status, text) = run(&["--recipient", "alice@test.example"]);
+    assert_eq!(status, Some(70), "{text}");
+    assert!(text.contains("user root"), "{text}");
 }

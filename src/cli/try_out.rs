@@ -76,7 +76,9 @@ struct Trial {
     is_error: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> ExitCode {
+pub(super) fn run(mut arguments: Arguments) -> ExitCode {
+    // Asked here: the worker is somebody else when root calls.
+    arguments.user = arguments.user.or_else(invoking_user);
     let config = match load(&arguments.config) {
         Ok(config) => config,
         Err(status) => return status,
@@ -127,11 +129,9 @@ async fn trial(
     text: &[u8],
 ) -> Result<Trial, (u8, String)> {
     let usage = |what: &str, error: &dyn std::fmt::Display| (USAGE, format!("{what}: {error}"));
-    let name = match &arguments.user {
-        Some(name) => name.clone(),
-        None => invoking_user().ok_or_else(|| (USAGE, "who are you? Say --user NAME".to_owned()))?,
-    };
-    let user_name = UserName::try_from(name.clone()).map_err(|error| usage("--user", &error))?;
+    let name = arguments.user.as_deref();
+    let name = name.ok_or_else(|| (USAGE, "who are you? Say --user NAME".to_owned()))?;
+    let user_name = UserName::try_from(name.to_owned()).map_err(|error| usage("--user", &error))?;
     let address = match &arguments.recipient {
         Some(address) => Address::parse(address.as_bytes()),
         None => Address::parse(
@@ -142,8 +142,9 @@ async fn trial(
     let sender = Sender::parse(arguments.sender.as_bytes()).map_err(|error| usage("--sender", &error))?;
 
     let resolver = resolver::Chain::new(&config.resolvers, &config.recipients);
+    let found = find_user(&resolver, &user_name).await.map_err(|error| (SOFTWARE, error))?;
     let (user, directory_rules) =
-        find_user(&resolver, &user_name).await.map_err(|error| (SOFTWARE, error))?;
+        found.ok_or_else(|| (USAGE, format!("--user: nobody is called \"{name}\"")))?;
     let (_, extension) = address.split_extension(&config.recipients.delimiters);
     let extension = extension.map(str::to_lowercase);
     let client = Client {
@@ -251,16 +252,19 @@ fn invoking_user() -> Option<String> {
     Entry::from_uid(geteuid()).ok().flatten().map(|entry| entry.name)
 }
 
-/// The user as the resolvers know them; whom they don't know may still be a user of this host.
+/// The user as the resolvers know them; whom they don't know may still be a user of this host. `None`: nobody.
 async fn find_user(
     resolver: &resolver::Chain,
     name: &UserName,
-) -> Result<(User, Option<Arc<Rules>>), String> {
+) -> Result<Option<(User, Option<Arc<Rules>>)>, String> {
     let address = Address::parse(name.as_str().as_bytes()).map_err(|error| error.to_string())?;
     let resolution = resolver.resolve(&address, true).await.map_err(|error| error.to_string())?;
     let known = resolution.users.into_iter().next().map(|resolved| (resolved.user, resolved.directory_rules));
-    let of_host = || (User { name: name.clone(), account: Account::Passwd, program: None }, None);
-    Ok(known.unwrap_or_else(of_host))
+    if known.is_some() {
+        return Ok(known);
+    }
+    let entry = Entry::from_name(name.as_str()).map_err(|error| format!("user database: {error}"))?;
+    Ok(entry.map(|_| (User { name: name.clone(), account: Account::Passwd, program: None }, None)))
 }
 
 /// The message as it would come from an MTA: whatever its line ends are, a filter sees those of the configuration.
