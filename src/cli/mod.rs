@@ -46,8 +46,8 @@ struct Arguments {
 enum Command {
     /// Run in the foreground, log to standard error (or to the journal under systemd).
     Serve(ConfigArguments),
-    /// Validate the configuration: exit status 0, or 78 with the place of the fault.
-    Check(ConfigArguments),
+    /// Validate the configuration: exit status 0, or 78 with the place of every fault.
+    Check(check::Arguments),
     /// Show, step by step, which users addresses mean, and what these have.
     Resolve(resolve::Arguments),
     /// Run rules and filter as the daemon would, on the message on standard input.
@@ -113,7 +113,7 @@ pub fn run() -> ExitCode {
     };
     match arguments.command {
         Command::Serve(arguments) => serve::run(arguments.config),
-        Command::Check(arguments) => check::run(arguments.config.as_deref()),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Resolve(arguments) => resolve::run(arguments),
         Command::Try(arguments) => try_out::run(arguments),
         Command::Init(arguments) => init::run(&arguments),

@@ -5,6 +5,7 @@
 mod error;
 pub mod ldap;
 mod template;
+mod text;
 mod values;
 
 use std::{
@@ -104,23 +105,33 @@ pub enum Unknown {
     Reject,
 }
 
-/// `[[resolver]]`
+/// `[[resolver]]`. Its key `type` is the name of the variant.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(tag = "type", rename_all = "kebab-case", rename_all_fields = "kebab-case", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case")]
 pub enum ResolverConfig {
     /// The host's users, through NSS (getpwnam(3)).
-    Passwd {
-        /// Users below exist, but are not judged.
-        #[serde(default = "min_uid")]
-        min_uid: u32,
-    },
+    Passwd(PasswdConfig),
     /// A file of passwd(5) lines.
-    PasswdFile {
-        /// The file.
-        path: PathBuf,
-    },
+    PasswdFile(PasswdFileConfig),
     /// A directory.
     Ldap(Box<ldap::LdapConfig>),
+}
+
+/// `[[resolver]] type = "passwd"`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PasswdConfig {
+    /// Users below exist, but are not judged.
+    #[serde(default = "min_uid")]
+    pub min_uid: u32,
+}
+
+/// `[[resolver]] type = "passwd-file"`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PasswdFileConfig {
+    /// The file.
+    pub path: PathBuf,
 }
 
 /// `[filter]`
@@ -353,17 +364,20 @@ impl Config {
     ///
     /// As [`Config::load`].
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let mut config: Self = toml::from_str(text).map_err(|error| {
-            let offset = error.span().map_or(0, |span| span.start);
-            ConfigError::Invalid {
-                place: Place::of_offset(path, text, offset),
-                message: error.message().trim().replace('\n', " "),
-            }
-        })?;
+        let mut config: Self = text::read(text, path)?;
         if config.resolvers.is_empty() {
             config.resolvers.push(ResolverConfig::default());
         }
         Ok(config)
+    }
+
+    /// As [`Config::load`], but finds every fault, in the order of the file.
+    pub fn faults(path: Option<&Path>) -> Vec<ConfigError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let faults =
+            fs::read_to_string(file).map(|text| text::faults::<Self>(&text, file)).unwrap_or_default();
+        // What is wrong with the files that it names is found by loading it.
+        if faults.is_empty() { Self::load(path).err().into_iter().collect() } else { faults }
     }
 }
 
@@ -404,7 +418,7 @@ impl Default for Recipients {
 
 impl Default for ResolverConfig {
     fn default() -> Self {
-        Self::Passwd { min_uid: min_uid() }
+        Self::Passwd(PasswdConfig { min_uid: min_uid() })
     }
 }
 
@@ -549,7 +563,18 @@ mod tests {
         assert!(fault("[filter]\nvirtual-uids = [0, 5]").contains(":2:16: range"));
         assert!(fault("[filter]\nexit-status = { 300 = \"reject\" }").contains(":2:15: \"300\""));
         assert!(fault("nonsense").starts_with("usermilter.toml:1:"));
-        assert!(fault("[[resolver]]\ntype = \"nis\"").contains("nis"));
+        assert!(fault("[[resolver]]\ntype = \"nis\"").contains(":2:8: unknown variant `nis`"));
+        assert!(fault("[[resolver]]\nmin-uid = 1").contains(":1:1: missing field `type`"));
+        assert!(fault("[[resolver]]\ntype = 1").contains(":2:8: "));
+        assert!(fault("resolver = 1").contains(":1:12: "));
+        let passwd = "[[resolver]]\nmin-uid = 1\ntype = \"passwd\"\n";
+        assert!(fault(&format!("{passwd}colour = 1")).contains(":4:1: "));
+        assert!(
+            fault(&format!("{passwd}[[resolver]]\ntype = \"passwd-file\"")).contains(":4:1: missing field")
+        );
+        let ldap = "[[resolver]]\ntype = \"ldap\"\nuri = [\"ldap://x\"]\nbase = \"x\"\n";
+        assert!(fault(&format!("{ldap}filter = \"(uid=%x)\"")).contains(":5:10: \"(uid=%x)\""));
+        assert!(fault(&format!("{ldap}sasl = \"gssapi\"")).contains(":5:8: unknown variant"));
     }
 
     #[test]

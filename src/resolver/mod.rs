@@ -154,9 +154,9 @@ impl Chain {
         let resolvers = resolvers
             .iter()
             .map(|config| match config {
-                ResolverConfig::Passwd { min_uid } => Resolver::Passwd(Passwd::new(*min_uid)),
-                ResolverConfig::PasswdFile { path } => {
-                    Resolver::PasswdFile(path.clone(), PasswdFile::open(path))
+                ResolverConfig::Passwd(config) => Resolver::Passwd(Passwd::new(config.min_uid)),
+                ResolverConfig::PasswdFile(config) => {
+                    Resolver::PasswdFile(config.path.clone(), PasswdFile::open(&config.path))
                 }
                 ResolverConfig::Ldap(config) => {
                     let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
