@@ -96,6 +96,11 @@ impl Address {
         Self { local: local.into(), domain: self.domain.clone() }
     }
 
+    /// The same mailbox at the domain of another, if it has none itself.
+    pub fn qualified_like(self, other: &Self) -> Self {
+        Self { domain: self.domain.or_else(|| other.domain.clone()), ..self }
+    }
+
     /// The same mailbox without its domain.
     pub fn without_domain(&self) -> Self {
         Self { local: self.local.clone(), domain: None }

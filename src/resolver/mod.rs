@@ -242,7 +242,13 @@ impl Chain {
                     Found::Resolution(one) if is_target && one.is_nobody() => {
                         all.add(Resolution::unjudged("alias target is unknown"), trace);
                     }
-                    Found::Resolution(one) => all.add(one, trace),
+                    Found::Resolution(mut one) => {
+                        for user in &mut one.users {
+                            // As local(8) has it: what an alias says without a domain is in the domain of the alias.
+                            user.address = user.address.clone().qualified_like(address);
+                        }
+                        all.add(one, trace);
+                    }
                     Found::Forward(targets) => {
                         seen.insert(current.key());
                         if seen.len() + targets.len() > MAX_FORWARDS {
