@@ -14,7 +14,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../slapd/mod.rs"]
+#[allow(dead_code, reason = "the tests use more of it")]
+mod slapd;
 
+mod directory;
 mod filter;
 mod floors;
 mod load;
@@ -124,6 +128,20 @@ const FIGURES: &[Figure] = &[
         floor: "ten such runs reading the same file, 20 at a time",
         bar: 0.85,
         measure: filter::ten,
+    },
+    Figure {
+        name: "ldap-cached",
+        what: "policy requests/s, LDAP user in the cache, 8 connections",
+        floor: "a second usermilter with a passwd-file",
+        bar: 0.95,
+        measure: directory::cached,
+    },
+    Figure {
+        name: "ldap-uncached",
+        what: "look-ups/s of addresses never asked for before, 16 at a time",
+        floor: "bare ldap3 searches on one connection",
+        bar: 0.7,
+        measure: directory::uncached,
     },
 ];
 

@@ -114,7 +114,7 @@ fn this_program(floor: &str) -> Command {
 }
 
 /// The daemon's own kind of runtime.
-fn runtime() -> tokio::runtime::Runtime {
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("tokio")
 }
 

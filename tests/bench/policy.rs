@@ -65,9 +65,15 @@ fn against_echo(site: &Site, plan: Plan, user: &str) -> Outcome {
     let request = request(user);
     Outcome::Measured(load::in_turn(
         plan,
-        Side { rate: || rate(&site.policy, &request, plan), servers: site.processes() },
+        side(site, user, plan),
         Side { rate: || rate(&echo.address, &request, plan), servers: echo.processes() },
     ))
+}
+
+/// A daemon that is asked for a user.
+pub(crate) fn side(site: &Site, user: &str, plan: Plan) -> Side<impl Fn() -> f64> {
+    let request = request(user);
+    Side { rate: move || rate(&site.policy, &request, plan), servers: site.processes() }
 }
 
 /// From a client that is judged.

@@ -41,11 +41,23 @@ impl Site {
 
     /// The same with a further line in `[filter]`.
     pub(crate) fn start_with(filter_option: &str) -> Self {
+        Self::start_as(|sandbox, users, milter, policy| {
+            configuration(sandbox, users, milter, policy, filter_option)
+        })
+    }
+
+    /// The same with another `[[resolver]]`, whose users have their homes in `homes`.
+    pub(crate) fn start_among(resolver: &str, homes: &Path) -> Self {
+        Self::start_as(|sandbox, _, milter, policy| {
+            configuration_with(resolver, homes, sandbox, milter, policy, "")
+        })
+    }
+
+    fn start_as(configuration: impl Fn(&Sandbox, &VirtualUsers, &str, &str) -> String) -> Self {
         let sandbox = Sandbox::new();
         let users = users(&sandbox);
         let (milter, policy) = addresses();
-        let config = sandbox
-            .write("usermilter.toml", configuration(&sandbox, &users, &milter, &policy, filter_option));
+        let config = sandbox.write("usermilter.toml", configuration(&sandbox, &users, &milter, &policy));
         let log = sandbox.join("log");
         let mut command = Command::new(Usermilter::program());
         command.arg("serve").arg("--config").arg(config);
@@ -147,12 +159,24 @@ pub(crate) fn configuration(
     policy: &str,
     filter_option: &str,
 ) -> String {
+    let resolver =
+        format!("[[resolver]]\ntype = \"passwd-file\"\npath = \"{}\"\n", users.passwd_file().display());
+    configuration_with(&resolver, users.homes(), sandbox, milter, policy, filter_option)
+}
+
+fn configuration_with(
+    resolver: &str,
+    homes: &Path,
+    sandbox: &Sandbox,
+    milter: &str,
+    policy: &str,
+    filter_option: &str,
+) -> String {
     let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("user nobody");
     let spool = sandbox.directory("spool");
     if common::is_root() {
         nix::unistd::chown(&spool, Some(nobody.uid), Some(nobody.gid)).unwrap();
     }
-    let show = |path: &Path| path.display().to_string();
     format!(
         r#"
 [server]
@@ -164,17 +188,13 @@ max-connections = 1000
 [recipients]
 domains = ["test.example"]
 
-[[resolver]]
-type = "passwd-file"
-path = "{passwd_file}"
-
+{resolver}
 [filter]
 virtual-homes = ["{homes}"]
 spool-directory = "{spool}"
 {filter_option}
 "#,
-        passwd_file = show(users.passwd_file()),
-        homes = show(users.homes()),
-        spool = show(&spool),
+        homes = homes.display(),
+        spool = spool.display(),
     )
 }

@@ -65,12 +65,16 @@ pub(crate) struct Setup<'a> {
     pub(crate) acl: Option<&'a str>,
     /// Certificate and authority for TLS.
     pub(crate) tls: Option<&'a Certificate>,
+    /// Whether nothing is logged, as by a server that is to be fast: [`Slapd::logged`] then finds nothing.
+    pub(crate) quiet: bool,
 }
 
 pub(crate) struct Slapd {
     scratch: Scratch,
     port: u16,
     tls_port: Option<u16>,
+    /// slapd(8), `-d`, which with any argument keeps the server in the foreground.
+    log_level: &'static str,
     child: Option<Child>,
 }
 
@@ -127,8 +131,13 @@ impl Slapd {
             slapadd.arg("-q").arg("-f").arg(&config).arg("-l").arg(file);
             succeeds(&mut slapadd);
         }
-        let mut slapd =
-            Self { scratch, port: free_port(), tls_port: setup.tls.map(|_| free_port()), child: None };
+        let mut slapd = Self {
+            scratch,
+            port: free_port(),
+            tls_port: setup.tls.map(|_| free_port()),
+            log_level: if setup.quiet { "0" } else { "stats" },
+            child: None,
+        };
         slapd.restart();
         slapd
     }
@@ -159,7 +168,7 @@ impl Slapd {
         }
         let log = fs::File::options().create(true).append(true).open(self.log()).unwrap();
         let mut child = Command::new("/usr/sbin/slapd")
-            .args(["-d", "stats", "-h", &addresses, "-f"])
+            .args(["-d", self.log_level, "-h", &addresses, "-f"])
             .arg(self.scratch.path().join("slapd.conf"))
             .stdout(Stdio::null())
             .stderr(log)
@@ -183,7 +192,7 @@ impl Slapd {
     pub(crate) fn pause(&self) {
         self.signal(Signal::SIGSTOP);
         // A thread of it may be at work for a moment yet.
-        let status = format!("/proc/{}/stat", self.child.as_ref().unwrap().id());
+        let status = format!("/proc/{}/stat", self.pid());
         while !fs::read_to_string(&status).unwrap().contains(") T ") {
             thread::sleep(Duration::from_millis(1));
         }
@@ -232,13 +241,16 @@ impl Slapd {
         assert!(output.status.success(), "{output:?}");
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
     fn log(&self) -> PathBuf {
         self.scratch.path().join("log")
     }
 
     fn signal(&self, signal: Signal) {
-        let pid = self.child.as_ref().unwrap().id();
-        kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
+        kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();
     }
 
     fn end(&mut self, signal: Signal) {
