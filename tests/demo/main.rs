@@ -268,7 +268,6 @@ impl Dialogue {
 
 fn configuration(sandbox: &Sandbox, users: &VirtualUsers, milter: &str, policy: &str) -> String {
     let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("user nobody");
-    let run = sandbox.directory("run");
     // The worker writes there what is too large for memory.
     let spool = sandbox.directory("spool");
     nix::unistd::chown(&spool, Some(nobody.uid), Some(nobody.gid)).unwrap();
