@@ -11,6 +11,8 @@ use std::{
     },
 };
 
+use std::sync::atomic::AtomicI32;
+
 use nix::{
     errno::Errno,
     libc,
@@ -191,6 +193,47 @@ pub fn restore_signals() -> nix::Result<()> {
     // SAFETY: the default action runs no code of ours.
     unsafe { sigaction(Signal::SIGPIPE, &default) }?;
     SigSet::all().thread_unblock()
+}
+
+/// Numbers in memory that a process shares with a child: zeros at first.
+pub struct SharedNumbers {
+    slots: &'static [AtomicI32],
+}
+
+impl SharedNumbers {
+    /// Room for `count` numbers, for the life of the process.
+    ///
+    /// # Errors
+    ///
+    /// As mmap(2).
+    pub fn new(count: usize) -> nix::Result<Self> {
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        let length = count * size_of::<AtomicI32>();
+        // SAFETY: a new mapping, where the kernel finds room, touches no memory that is in use.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), length, access, kind, -1, 0) };
+        if address == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        // SAFETY: the mapping is page-aligned, as long as the slice, zeroed (a value of AtomicI32), and never unmapped.
+        let slots = unsafe { std::slice::from_raw_parts(address.cast::<AtomicI32>(), count) };
+        Ok(Self { slots })
+    }
+
+    /// The numbers.
+    pub fn slots(&self) -> &[AtomicI32] {
+        self.slots
+    }
+
+    /// Keeps children that are forked from now on from having the memory; they must not use this value.
+    ///
+    /// # Errors
+    ///
+    /// As madvise(2).
+    pub fn hide_from_children(&self) -> nix::Result<()> {
+        let (address, length) = (self.slots.as_ptr().cast_mut().cast(), size_of_val(self.slots));
+        // SAFETY: the range is that of the mapping; MADV_DONTFORK changes nothing in this process.
+        Errno::result(unsafe { libc::madvise(address, length, libc::MADV_DONTFORK) }).map(drop)
+    }
 }
 
 /// Ignores a signal.

@@ -86,15 +86,18 @@ fn a_crash_loop_is_slowed_down() {
 #[test]
 fn worker_and_filters_end_with_a_killed_monitor() {
     let site = Site::new();
-    let script = "#!/bin/sh\necho $$ > \"$HOME/pid\"\nexec sleep 60\n";
+    // One child that the filter waits for and one that it does not.
+    let script = "#!/bin/sh\nsleep 60 &\necho $! > \"$HOME/child\"\necho $$ > \"$HOME/pid\"\nsleep 60\n";
     site.users.filter("alice", "message", script);
     let mut daemon = Usermilter::start(&site.config(Extra::default()));
     let worker = daemon.worker_pid();
     let lost = site.judge_meanwhile("alice@test.example");
     let filter = site.filter_pid("alice");
+    let child = std::fs::read_to_string(site.users.account("alice").home.join("child")).unwrap();
     daemon.signal(Signal::SIGKILL);
     wait_gone("the worker", worker, Duration::from_secs(2));
     wait_gone("the filter", filter, Duration::from_secs(2));
+    wait_gone("what the filter forked", child.trim().parse().unwrap(), Duration::from_secs(2));
     assert!(lost.join().unwrap().is_err());
     assert!(!is_listening(&site.milter));
 }

@@ -39,8 +39,8 @@ fn the_monitor_is_small_and_has_one_thread() {
     assert!(resident < 24 * 1024, "the monitor has {resident} KiB resident");
     let open = descriptors(daemon.pid());
     let kinds: Vec<String> = open.iter().map(|(_, link)| link.display().to_string()).collect();
-    // 0 to 2, signalfd, two listeners, the channel.
-    assert_eq!(open.len(), 7, "{kinds:?}");
+    // 0 to 2, signalfd, two listeners, the channel, the pipe of the guard.
+    assert_eq!(open.len(), 8, "{kinds:?}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     time::{Duration, Instant},
 };
 
@@ -15,6 +15,7 @@ use tracing::debug;
 
 use super::{
     child::{Child, HardLimits, Run},
+    guard::{Guard, Place},
     wire::{End, JobId, Request},
 };
 use crate::{
@@ -39,6 +40,7 @@ pub(super) type WorkerId = u64;
 pub(super) struct Jobs {
     running: HashMap<Pid, Job>,
     hard_limits: HardLimits,
+    guard: Guard,
 }
 
 struct Job {
@@ -48,6 +50,8 @@ struct Job {
     /// When to send the next signal.
     deadline: Instant,
     stage: Stage,
+    /// In the guard's table.
+    place: Option<Place>,
 }
 
 /// How far the ending of a job has come.
@@ -78,7 +82,12 @@ pub(super) enum BadRequest {
 impl Jobs {
     /// None yet.
     pub(super) fn new() -> nix::Result<Self> {
-        Ok(Self { running: HashMap::new(), hard_limits: HardLimits::of_process()? })
+        Ok(Self { running: HashMap::new(), hard_limits: HardLimits::of_process()?, guard: Guard::start()? })
+    }
+
+    /// The descriptor that no child may keep.
+    pub(super) fn guard_descriptor(&self) -> RawFd {
+        self.guard.descriptor()
     }
 
     /// Jobs that a worker may have under way.
@@ -133,7 +142,8 @@ impl Jobs {
         match forked {
             Ok(pid) => {
                 let deadline = started + time_limit;
-                self.running.insert(pid, Job { worker, id, started, deadline, stage: Stage::Running });
+                let (stage, place) = (Stage::Running, self.guard.add(pid));
+                self.running.insert(pid, Job { worker, id, started, deadline, stage, place });
                 Ok(None)
             }
             Err(errno) => {
@@ -147,7 +157,10 @@ impl Jobs {
     ///
     /// To be called before the child is reaped: until then its pid, and so the group's number, is taken.
     pub(super) fn ended(&mut self, pid: Pid, end: ChildEnd) -> Option<Ended> {
-        let job = self.running.remove(&pid)?;
+        let mut job = self.running.remove(&pid)?;
+        if let Some(place) = job.place.take() {
+            self.guard.remove(place);
+        }
         let _ = killpg(pid, Signal::SIGKILL);
         let end = match (job.stage, end) {
             (Stage::Running, ChildEnd::Exited(status)) => End::Exited(status),

@@ -9,6 +9,7 @@
 
 mod checks;
 mod child;
+mod guard;
 mod jobs;
 mod sockets;
 mod supervise;

@@ -512,7 +512,7 @@ impl Monitor {
         let mut closed: Vec<RawFd> =
             others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
         closed.extend(self.workers.iter().map(|worker| worker.channel.as_raw_fd()));
-        closed.extend([channel.as_raw_fd(), self.signals.as_fd().as_raw_fd()]);
+        closed.extend([channel.as_raw_fd(), self.signals.as_fd().as_raw_fd(), self.jobs.guard_descriptor()]);
         closed.sort_unstable();
         closed.dedup();
         sys::close_in_child(&closed);

@@ -26,7 +26,7 @@ use common::{Sandbox, VirtualUsers, wait_until};
 const MONITOR: &str = "be-the-monitor";
 
 /// Descriptors of a monitor whose worker is honest: 0 to 2, a listener, signals, the channel.
-const USUAL_DESCRIPTORS: u32 = 6;
+const USUAL_DESCRIPTORS: u32 = 7;
 
 /// Patience with what should take a second.
 const SOON: Duration = Duration::from_secs(15);
