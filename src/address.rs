@@ -101,11 +101,6 @@ impl Address {
         Self { domain: self.domain.or_else(|| other.domain.clone()), ..self }
     }
 
-    /// The same mailbox without its domain.
-    pub fn without_domain(&self) -> Self {
-        Self { local: self.local.clone(), domain: None }
-    }
-
     /// What `host!user` and `user%host` mean to Postfix (swap_bangpath and allow_percent_hack, postconf(5)), if this is
     /// such an address without a domain.
     pub fn without_routing(&self) -> Option<Self> {
