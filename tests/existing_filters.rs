@@ -130,8 +130,8 @@ fn bogofilter_judges_by_the_users_own_word_lists() {
     assert_eq!(site.judge(&[ALICE], HAM.as_bytes()).letter(), 'a');
 }
 
-/// Does what rspamc prints, whatever rspamd would have said; its arguments go to a file. The real rspamd is not started
-/// here: it wants a redis and half a minute.
+/// A stand-in: prints what rspamc prints, whatever rspamd would have said; its arguments go to a file. It shows how the
+/// template reads an action. That the real rspamc prints actions in this form is not shown here.
 const RSPAMC: &str = "#!/bin/sh
 echo \"$@\" > ~/arguments
 cat > /dev/null
