@@ -87,6 +87,9 @@ impl HaProxy {
         };
         for name in NAMES {
             haproxy.wait_for(name, "UP");
+            // At first it takes all for up.
+            let checked = || haproxy.column(name, "check_status").iter().all(|status| status == "L7OK");
+            assert!(wait_until(NOTICE, checked), "{:?}", haproxy.column(name, "check_status"));
         }
         haproxy
     }
@@ -179,6 +182,21 @@ impl Cluster {
             .main_cf(&fragment("main.cf.policy", "inet:127.0.0.1:8891", &haproxy.policy))
             .start();
         Cluster { postfix, haproxy, daemons, configurations, site, _slapd: slapd }
+    }
+
+    /// The reply to a mail for the user `yes`.
+    fn offer_to_yes(&self, port: u16) -> u16 {
+        let mut client = Client::connect_as(port, "192.0.2.10", "mx.sender.example");
+        let reply = offer(&mut client, Mail { number: 0, kind: Kind::Accept });
+        client.quit();
+        reply.code
+    }
+
+    /// The same from 127.0.0.1. Without XCLIENT, after which Postfix opens another connection to the milter.
+    fn offer_as_neighbour(&self) -> u16 {
+        let mut client = Client::connect(self.postfix.port());
+        client.ehlo("localhost");
+        offer(&mut client, Mail { number: 0, kind: Kind::Accept }).code
     }
 
     fn filter(&self, user: &str, name: &str, script: &str) {
@@ -380,6 +398,67 @@ fn under_load_one_daemon_is_killed_one_reloaded_and_one_upgraded_and_no_mail_is_
     report(&cluster, &ledger);
 }
 
+#[test]
+fn a_daemon_that_hangs_is_taken_out_and_while_there_is_none_mail_is_put_off() {
+    let mut cluster = Cluster::start(|text| text);
+    cluster.filter("yes", "message", "#!/bin/sh\n");
+    let worker = cluster.daemons[0].worker_pid();
+    let signal = |daemon: &mut Usermilter, signal| {
+        daemon.signal(signal);
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker.cast_signed()), signal).unwrap();
+    };
+
+    // The kernel goes on taking connections for a daemon that hangs. Who was given to it hears 4xx once that is known.
+    signal(&mut cluster.daemons[0], Signal::SIGSTOP);
+    let mut codes: Vec<u16> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..6).map(|_| scope.spawn(|| cluster.offer_as_neighbour())).collect();
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    codes.sort_unstable();
+    assert!(codes.iter().all(|code| [250, 451].contains(code)), "{codes:?}");
+    assert!(codes.contains(&250) && codes.contains(&451), "{codes:?}");
+    // They were told by HAProxy. Postfix would have waited longer (milter_command_timeout).
+    assert!(!cluster.postfix.log().contains("timed out"));
+    cluster.haproxy.wait_for("one", "DOWN");
+    for _ in 0..3 {
+        assert_eq!(cluster.offer_to_yes(cluster.postfix.port()), 250);
+    }
+    signal(&mut cluster.daemons[0], Signal::SIGCONT);
+    cluster.haproxy.wait_for("one", "UP");
+
+    // Postfix with the policy service alone, and without the default_action of postfix/main.cf.policy.
+    let policy_alone = Postfix::builder().mailboxes(&["yes"]).policy(&cluster.haproxy.policy).start();
+    assert_eq!(cluster.offer_to_yes(policy_alone.port()), 250);
+    for (daemon, name) in cluster.daemons.iter_mut().zip(NAMES) {
+        daemon.signal(Signal::SIGKILL);
+        cluster.haproxy.wait_for(name, "DOWN");
+    }
+    assert_eq!(cluster.offer_to_yes(cluster.postfix.port()), 451);
+    assert_eq!(cluster.offer_to_yes(policy_alone.port()), 451);
+    cluster.daemons[0] = Usermilter::start(&cluster.configurations[0]);
+    cluster.haproxy.wait_for("one", "UP");
+    assert_eq!(cluster.offer_to_yes(cluster.postfix.port()), 250);
+    assert_eq!(cluster.offer_to_yes(policy_alone.port()), 250);
+}
+
+#[test]
+fn with_balance_source_both_services_of_an_mta_ask_one_daemon_which_remembers() {
+    let from_source = |text: String| {
+        assert_eq!(text.matches("    balance leastconn\n").count(), 1);
+        text.replace("    balance leastconn\n", "    balance source\n")
+    };
+    let cluster = Cluster::start(from_source);
+    cluster.filter("yes", "recipient", "#!/bin/sh\necho \"$SENDER\" >> .usermilter/runs\n");
+    let mails: Vec<String> = (0..8).map(|n| format!("s{n}@sender.example")).collect();
+    for sender in &mails {
+        let mut client = Client::connect_as(cluster.postfix.port(), "192.0.2.10", "mx.sender.example");
+        assert_eq!(client.send(sender, &["yes@test.example"], b"Subject: x\n\n").outcome().code, 250);
+        client.quit();
+    }
+    let runs = fs::read_to_string(cluster.site.users.account("yes").path("runs")).unwrap();
+    assert_eq!(runs.lines().collect::<Vec<_>>(), mails, "each was asked about once");
+}
+
 /// Ends the load when dropped.
 struct Ending<'a>(&'a Mutex<Ledger>);
 
@@ -406,6 +485,7 @@ fn events(cluster: &mut Cluster, ledger: &Mutex<Ledger>) {
     const SOME: usize = 60;
     wait_settled(ledger, SOME);
     assert_eq!(troubles(ledger), 0, "nothing has happened yet");
+    assert!(cluster.shares().iter().all(|&share| share > 0), "each has its share: {:?}", cluster.shares());
 
     // One is killed: its monitor, with which all of it ends.
     cluster.daemons[0].signal(Signal::SIGKILL);
@@ -470,10 +550,10 @@ fn report(cluster: &Cluster, ledger: &Ledger) {
     }
     let shares = cluster.shares();
     println!(
-        "offered {}, by kind {counts:?}, delivered {delivered}; put off once more {} times; lines of each daemon's log {shares:?}",
+        "offered {}, by kind {counts:?}, delivered {delivered}, put off for our trouble {}; verdicts of each daemon since it \
+         was started {shares:?}",
         ledger.offered, ledger.troubles
     );
-    assert!(shares.iter().all(|&share| share > 0), "each had its share: {shares:?}");
 }
 
 /// The number that a mail of the load has as its subject.
