@@ -21,6 +21,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use common::policy::{self, Request};
 use common::postfix::fragment;
 use common::process::Server;
 use common::site::SiteBuilder;
@@ -148,6 +149,7 @@ struct Cluster {
     postfix: Postfix,
     haproxy: HaProxy,
     daemons: Vec<Usermilter>,
+    ports: [Ports; 3],
     configurations: Vec<String>,
     site: SiteBuilder,
     _slapd: Slapd,
@@ -181,7 +183,7 @@ impl Cluster {
             .main_cf(&fragment("main.cf.milter", "inet:127.0.0.1:8890", &haproxy.milter))
             .main_cf(&fragment("main.cf.policy", "inet:127.0.0.1:8891", &haproxy.policy))
             .start();
-        Cluster { postfix, haproxy, daemons, configurations, site, _slapd: slapd }
+        Cluster { postfix, haproxy, daemons, ports, configurations, site, _slapd: slapd }
     }
 
     /// The reply to a mail for the user `yes`.
@@ -442,21 +444,34 @@ fn a_daemon_that_hangs_is_taken_out_and_while_there_is_none_mail_is_put_off() {
 }
 
 #[test]
-fn with_balance_source_both_services_of_an_mta_ask_one_daemon_which_remembers() {
+fn each_daemon_remembers_for_itself_and_with_balance_source_both_services_of_an_mta_ask_one() {
     let from_source = |text: String| {
         assert_eq!(text.matches("    balance leastconn\n").count(), 1);
         text.replace("    balance leastconn\n", "    balance source\n")
     };
     let cluster = Cluster::start(from_source);
     cluster.filter("yes", "recipient", "#!/bin/sh\necho \"$SENDER\" >> .usermilter/runs\n");
+    let runs = || {
+        let text = fs::read_to_string(cluster.site.users.account("yes").path("runs")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+
+    for ports in &cluster.ports {
+        for _ in 0..2 {
+            let request = Request::rcpt("first@sender.example", "yes@test.example");
+            let address = format!("inet:127.0.0.1:{}", ports.policy);
+            assert_eq!(policy::Client::connect(&address).ask(&request), "DUNNO");
+        }
+    }
+    assert_eq!(runs(), ["first@sender.example"; 3]);
+
     let mails: Vec<String> = (0..8).map(|n| format!("s{n}@sender.example")).collect();
     for sender in &mails {
         let mut client = Client::connect_as(cluster.postfix.port(), "192.0.2.10", "mx.sender.example");
         assert_eq!(client.send(sender, &["yes@test.example"], b"Subject: x\n\n").outcome().code, 250);
         client.quit();
     }
-    let runs = fs::read_to_string(cluster.site.users.account("yes").path("runs")).unwrap();
-    assert_eq!(runs.lines().collect::<Vec<_>>(), mails, "each was asked about once");
+    assert_eq!(runs()[3..], mails, "each was asked about once");
 }
 
 /// Ends the load when dropped.
@@ -490,6 +505,8 @@ fn events(cluster: &mut Cluster, ledger: &Mutex<Ledger>) {
     // One is killed: its monitor, with which all of it ends.
     cluster.daemons[0].signal(Signal::SIGKILL);
     cluster.haproxy.wait_for("one", "DOWN");
+    // Whose session it was has heard so by then.
+    wait_settled(ledger, SOME);
     let after_kill = troubles(ledger);
     wait_settled(ledger, SOME);
     assert_eq!(troubles(ledger), after_kill, "two are enough");
@@ -512,15 +529,20 @@ fn events(cluster: &mut Cluster, ledger: &Mutex<Ledger>) {
     assert_eq!(troubles(ledger), after_kill, "neither a reload nor a start costs anything");
 
     // The third is upgraded as docs/scaling.md says.
-    cluster.haproxy.administer("set server usermilter-milter/three state drain");
-    cluster.haproxy.administer("set server usermilter-policy/three state drain");
+    let upgrade = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/scaling.md")).unwrap();
+    let admin = |command: &str| {
+        assert!(upgrade.contains(&format!("admin \"{command}\"\n")), "{command}");
+        assert_eq!(cluster.haproxy.administer(command).trim(), "");
+    };
+    admin("set server usermilter-milter/three state drain");
+    admin("set server usermilter-policy/three state drain");
     let sessions = || cluster.haproxy.column("three", "scur")[0] == "0";
     assert!(wait_until(NOTICE, sessions), "sessions of the third do not end");
     assert!(cluster.daemons[2].terminate().success());
     wait_settled(ledger, SOME);
     cluster.daemons[2] = Usermilter::start(&cluster.configurations[2]);
-    cluster.haproxy.administer("set server usermilter-milter/three state ready");
-    cluster.haproxy.administer("set server usermilter-policy/three state ready");
+    admin("set server usermilter-milter/three state ready");
+    admin("set server usermilter-policy/three state ready");
     cluster.haproxy.wait_for("three", "UP");
     cluster.daemons[2].wait_for_log("outcome=", NOTICE);
     wait_settled(ledger, SOME);
