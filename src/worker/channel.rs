@@ -25,8 +25,8 @@ use tracing::error;
 
 use crate::{
     monitor::{
-        self, End, Event, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report, Request,
-        Variable,
+        self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report,
+        Request, Variable,
     },
     sys,
     user::User,
@@ -71,6 +71,7 @@ pub struct Monitor {
     inspections: Arc<Semaphore>,
     log_entries: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
+    history: watch::Sender<History>,
 }
 
 /// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
@@ -153,14 +154,14 @@ impl Monitor {
     /// # Errors
     ///
     /// If the socket can't be watched.
-    pub fn new(socket: OwnedFd) -> io::Result<Arc<Self>> {
-        let monitor = Arc::new(Self::unheard(socket)?);
+    pub fn new(socket: OwnedFd, history: History) -> io::Result<Arc<Self>> {
+        let monitor = Arc::new(Self::unheard(socket, history)?);
         tokio::spawn(Arc::clone(&monitor).listen());
         Ok(monitor)
     }
 
     /// Before anybody listens.
-    fn unheard(socket: OwnedFd) -> io::Result<Self> {
+    fn unheard(socket: OwnedFd, history: History) -> io::Result<Self> {
         Ok(Self {
             socket: sys::watch(socket)?,
             waiting: Mutex::default(),
@@ -168,6 +169,7 @@ impl Monitor {
             inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
             log_entries: Arc::new(Semaphore::new(MAX_LOG_ENTRIES)),
             drain: watch::Sender::new(None),
+            history: watch::Sender::new(history),
         })
     }
 
@@ -183,6 +185,11 @@ impl Monitor {
     /// Resolves when the monitor asks to drain, or changes how.
     pub fn drain(&self) -> watch::Receiver<Option<Drain>> {
         self.drain.subscribe()
+    }
+
+    /// What the monitor remembers.
+    pub fn history(&self) -> watch::Receiver<History> {
+        self.history.subscribe()
     }
 
     /// Finds out what a user has.
@@ -345,6 +352,9 @@ impl Monitor {
                 }
                 Ok(Event::Drain { connections }) => {
                     self.drain.send_replace(Some(Drain { connections }));
+                }
+                Ok(Event::ReloadFailed { error }) => {
+                    self.history.send_modify(|history| history.reload_failed(&error));
                 }
                 Err(malformed) => error!(error = %malformed, "the monitor speaks another language"),
             }
