@@ -134,7 +134,7 @@ impl Drawing<'_> {
     }
 
     fn mail(&mut self) {
-        self.heading("Mail", &format!("{:>12}{:>10}", "total", self.per_second()));
+        self.heading("Mail", &format!("{:>10}{:>10}", "total", self.per_second()));
         let all: u64 = self.now.transactions.values().sum();
         for (word, shown) in
             [("accept", "accepted"), ("reject", "refused"), ("defer", "put off"), ("aborted", "given up")]
@@ -145,7 +145,7 @@ impl Drawing<'_> {
             let percent = if all > 0 { format!("{:>6.1} %", part * 100.0) } else { String::new() };
             line!(
                 self,
-                "  {shown:<18}{:>12}{:>10}  {percent:<9} {}",
+                "  {shown:<18}{:>10}{:>10}  {percent:<9} {}",
                 grouped(count),
                 decimal(rate),
                 bar(part)
@@ -155,7 +155,7 @@ impl Drawing<'_> {
 
     fn recipients(&mut self) {
         let columns = ["accepted", "refused", "put off", "pending"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("At RCPT TO", &format!("{columns}{:>10}", self.per_second()));
         for interface in ["milter", "policy"] {
             let of = |status: &Status, word: &str| {
@@ -164,7 +164,7 @@ impl Drawing<'_> {
             let words = ["accept", "reject", "defer", "pending"];
             let rate = self.rate(|status| words.iter().map(|word| of(status, word)).sum());
             let counts: String =
-                words.iter().map(|word| format!("{:>12}", grouped(of(self.now, word)))).collect();
+                words.iter().map(|word| format!("{:>10}", grouped(of(self.now, word)))).collect();
             line!(self, "  {interface:<18}{counts}{:>10}", decimal(rate));
         }
     }
@@ -174,13 +174,13 @@ impl Drawing<'_> {
             return;
         }
         let columns = ["accept", "reject", "defer", "not asked", "error"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("Verdicts", &columns);
         for (source, verdicts) in &self.now.verdicts {
             let words = ["accept", "reject", "defer", "not-asked"];
             let counts: String =
-                words.iter().map(|word| format!("{:>12}", grouped(number(verdicts, word)))).collect();
-            let errors = self.style.alarming(number(verdicts, "error"), 12);
+                words.iter().map(|word| format!("{:>10}", grouped(number(verdicts, word)))).collect();
+            let errors = self.style.alarming(number(verdicts, "error"), 10);
             line!(self, "  {:<18}{counts}{errors}", safe(source));
         }
     }
@@ -193,8 +193,8 @@ impl Drawing<'_> {
         line!(self, "");
         let title = self.style.title(&format!("{:<20}", "Filters"));
         line!(self, "{title}{} of {limit} running  {}  {wait}", running.len(), bar(part));
-        let columns = ["runs", self.per_second(), "p50", "p90", "p99", "queued p99"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns = ["runs", self.per_second(), "p50", "p90", "p99", "queue p99"];
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         line!(self, "{:<20}{}", "", self.style.dim(&columns));
         for phase in ["recipient", "message"] {
             let runs = |status: &Status| status.filters.results.get(phase).map_or(0, |r| r.values().sum());
@@ -203,7 +203,7 @@ impl Drawing<'_> {
             let queued = self::times(&self.now.filters.queue_time, phase);
             line!(
                 self,
-                "  {phase:<18}{:>12}{:>12}{}{:>12}",
+                "  {phase:<18}{:>10}{:>10}{}{:>10}",
                 grouped(count),
                 decimal(rate),
                 percentiles(&times),
@@ -215,7 +215,7 @@ impl Drawing<'_> {
             }
         }
         for filter in self.now.filters.running.iter().take(MAX_RUNNING) {
-            let time = format!("{:>12}", span(filter.seconds));
+            let time = format!("{:>10}", span(filter.seconds));
             let (phase, queue_id) = (safe(&filter.phase), safe(&filter.queue_id));
             line!(
                 self,
@@ -241,7 +241,7 @@ impl Drawing<'_> {
 
     fn services(&mut self) {
         let columns = ["open", "limit", "total", self.per_second(), "refused"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("Connections", &columns);
         for service in self.now.services.iter().filter(|service| !service.addresses.is_empty()) {
             let ServiceStatus { name, addresses, open, limit, accepted, refused } = service;
@@ -250,23 +250,23 @@ impl Drawing<'_> {
                 same.map_or(0, |service| service.accepted)
             };
             let rate = self.rate(total);
-            let open = format!("{:>12}", grouped(*open));
+            let open = format!("{:>10}", grouped(*open));
             line!(
                 self,
-                "  {:<18}{open}{:>12}{:>12}{:>12}{}  {}",
+                "  {:<18}{open}{:>10}{:>10}{:>10}{}  {}",
                 safe(name),
                 grouped(*limit),
                 grouped(*accepted),
                 decimal(rate),
-                self.style.alarming(*refused, 12),
+                self.style.alarming(*refused, 10),
                 self.style.dim(&safe(&addresses.join(" ")))
             );
         }
     }
 
     fn resolvers(&mut self) {
-        let columns = ["from memory", "asked", "stale", "failed", "p50", "p99"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns = ["memory", "asked", "stale", "failed", "p50", "p99"];
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("Resolvers", &columns);
         for (n, resolver) in self.now.resolvers.iter().enumerate() {
             let ResolverStatus { name, lookups, latency, servers } = resolver;
@@ -275,12 +275,12 @@ impl Drawing<'_> {
             let kind = safe(name.split(' ').next().unwrap_or_default());
             line!(
                 self,
-                "  {} {kind:<16}{:>12}{:>12}{}{}{:>12}{:>12}",
+                "  {} {kind:<16}{:>10}{:>10}{}{}{:>10}{:>10}",
                 n + 1,
                 grouped(memory),
                 grouped(number(lookups, "asked")),
-                self.style.alarming(number(lookups, "stale"), 12),
-                self.style.alarming(number(lookups, "unavailable"), 12),
+                self.style.alarming(number(lookups, "stale"), 10),
+                self.style.alarming(number(lookups, "unavailable"), 10),
                 duration(latency, latency.p50),
                 duration(latency, latency.p99)
             );
@@ -350,7 +350,7 @@ fn times(all: &BTreeMap<String, Times>, phase: &str) -> Times {
 fn percentiles(times: &Times) -> String {
     [times.p50, times.p90, times.p99]
         .iter()
-        .map(|seconds| format!("{:>12}", duration(times, *seconds)))
+        .map(|seconds| format!("{:>10}", duration(times, *seconds)))
         .collect()
 }
 
