@@ -410,3 +410,88 @@ fn bar(part: f64) -> String {
     let filled = if part > 0.0 { filled.max(1) } else { 0 };
     format!("{}{}", "█".repeat(filled), "·".repeat(BAR - filled))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::PathBuf};
+
+    use super::*;
+
+    fn sample() -> Status {
+        serde_json::from_str(include_str!("../../tests/status/sample.json")).unwrap()
+    }
+
+    /// What a terminal makes of it, as a picture. Colours are classes, so that they suit the page around it.
+    fn svg(text: &str) -> String {
+        const LINE: usize = 18;
+        let lines: Vec<&str> = text.lines().collect();
+        let height = lines.len() * LINE + 24;
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 900 {height}\" role=\"img\">\n\
+             <title>usermilter status</title>\n<style>\n\
+             text {{ font: 13px ui-monospace, 'DejaVu Sans Mono', monospace; white-space: pre; fill: #d8dee9 }}\n\
+             .c1 {{ font-weight: bold; fill: #fff }} .c2 {{ fill: #8793a8 }} .c31 {{ fill: #ff7b86 }}\n\
+             .c32 {{ fill: #9fd67f }} .c33 {{ fill: #f2cc72 }}\n</style>\n\
+             <rect width=\"100%\" height=\"100%\" rx=\"8\" fill=\"#1d222c\"/>\n"
+        );
+        for (n, line) in lines.iter().enumerate() {
+            let line = line.replace('&', "&amp;").replace('<', "&lt;").replace("\x1b[0m", "</tspan>");
+            let mut parts = line.split("\x1b[");
+            let mut marked = parts.next().unwrap_or_default().to_owned();
+            for part in parts {
+                let (code, rest) = part.split_once('m').unwrap();
+                let _ = write!(marked, "<tspan class=\"c{code}\">{rest}");
+            }
+            let _ = writeln!(svg, "<text x=\"14\" y=\"{}\">{marked}</text>", n * LINE + 26);
+        }
+        svg + "</svg>\n"
+    }
+
+    #[test]
+    fn the_picture_in_the_documentation_is_what_is_drawn() {
+        let drawn = draw(&sample(), None, Style { color: true });
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/status.svg");
+        if std::env::var_os("UPDATE").is_some() {
+            fs::write(&path, svg(&drawn)).unwrap();
+        }
+        let picture = fs::read_to_string(&path).unwrap();
+        assert_eq!(picture, svg(&drawn), "UPDATE=1 cargo test --lib picture draws it anew");
+        let plain = draw(&sample(), None, Style { color: false });
+        assert!(!plain.contains('\x1b') && plain.lines().all(|line| line.chars().count() <= 120), "{plain}");
+    }
+
+    #[test]
+    fn rates_are_those_between_two_looks_of_one_worker() {
+        let (before, mut now) = (sample(), sample());
+        now.time += 10.0;
+        *now.transactions.get_mut("accept").unwrap() += 25;
+        let line = |before| {
+            let drawn = draw(&now, before, Style { color: false });
+            drawn.lines().find(|line| line.contains("accepted  ")).unwrap().to_owned()
+        };
+        assert!(line(Some(&before)).contains(" 2.50 "), "{}", line(Some(&before)));
+        let mut other = before.clone();
+        other.worker.pid += 1;
+        // Of the worker's two hours.
+        assert!(line(Some(&other)).contains(" 1.14 "), "{}", line(Some(&other)));
+        assert_eq!(line(None), line(Some(&other)));
+    }
+
+    #[test]
+    fn nothing_that_the_document_says_reaches_the_terminal_as_a_command() {
+        let mut status = sample();
+        status.state = "\x1b[2J".into();
+        status.filters.running[0].user = "a\x1b]0;x\x07\nb".into();
+        status.resolvers[1].servers[0].uri = "\x1b[31m".into();
+        let drawn = draw(&status, None, Style { color: false });
+        assert!(!drawn.contains('\x1b') && !drawn.contains('\x07'), "{drawn}");
+    }
+
+    #[test]
+    fn numbers_and_spans_are_short() {
+        assert_eq!(["0", "999", "1,000", "1,234,567"], [0, 999, 1000, 1_234_567].map(grouped));
+        assert_eq!(["0.0 s", "59.9 s", "1 min 5 s"], [-1.0, 59.9, 65.4].map(span));
+        assert_eq!(["2 h 1 min", "3 d 4 h"], [7290.0, 3.0 * 86_400.0 + 14_900.0].map(span));
+        assert_eq!(["5 B", "2.0 KiB", "1.5 MiB"], [5, 2048, 1_572_864].map(bytes));
+    }
+}
