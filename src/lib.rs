@@ -12,7 +12,7 @@
 //!                                                 fork ─► become the user ─► check ─► exec
 //! ```
 //!
-//! * [`cli`], [`config`], [`logging`]: what starts it;
+//! * [`cli`], [`config`] with [`spelling`], [`logging`]: what starts it;
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
@@ -39,6 +39,7 @@ pub mod reply;
 pub mod resolver;
 pub mod rules;
 pub mod ruling;
+pub mod spelling;
 pub mod spool;
 pub mod sys;
 pub mod trace_headers;

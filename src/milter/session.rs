@@ -246,7 +246,8 @@ impl Session {
         let filter = &self.settings.filter;
         let mut spool = Spool::new(SpoolSettings::new(filter), transaction.envelope.declared_size)?;
         if filter.trace_headers {
-            trace_headers::write(&mut spool, &transaction.envelope, &transaction.host)?;
+            let now = jiff::Timestamp::now();
+            trace_headers::write(&mut spool, &transaction.envelope, &transaction.host, now)?;
         }
         Ok(spool)
     }

@@ -61,6 +61,13 @@ impl PasswdFile {
         self.source.problems()
     }
 
+    /// All users that were read last, with their lines, in that order.
+    pub fn entries(&self) -> Vec<(usize, Entry)> {
+        let mut entries: Vec<_> = self.source.current().values().cloned().collect();
+        entries.sort_by_key(|(line, _)| *line);
+        entries
+    }
+
     /// Looks for `local@domain`, then for `local`, in whatever case.
     pub fn lookup(&self, local: &str, domain: Option<&str>) -> Answer {
         let users = match self.source.ask() {
