@@ -8,7 +8,7 @@ use super::{
     Warnings,
     host::{Person, SEARCH, WRITE},
 };
-use crate::config::{Config, Server, SocketAddress};
+use crate::config::{Config, DEFAULT_CONTROL, Server, SocketAddress};
 
 /// Who opens milter and policy sockets for Postfix (mail_owner of main.cf).
 const POSTFIX: &str = "postfix";
@@ -19,6 +19,7 @@ pub(super) fn check(config: &Config, warnings: &mut Warnings) {
         warnings.add("server.milter", "empty, and server.policy as well: nobody is served");
     }
     user(server, warnings);
+    others(server, warnings);
     let group = group(server, warnings);
     for (key, addresses) in [("server.milter", &server.milter), ("server.policy", &server.policy)] {
         for address in addresses {
@@ -39,6 +40,22 @@ pub(super) fn check(config: &Config, warnings: &mut Warnings) {
                 }
             }
         }
+    }
+}
+
+/// Those that no MTA uses.
+fn others(server: &Server, warnings: &mut Warnings) {
+    match &server.metrics {
+        Some(SocketAddress::Inet(inet)) if inet.ip().is_unspecified() => warnings.add(
+            "server.metrics",
+            format!("inet:{inet}: open to everybody who reaches this host; bind to 127.0.0.1, or to an inner address"),
+        ),
+        Some(SocketAddress::Unix(path)) => directory("server.metrics", path, warnings),
+        Some(SocketAddress::Inet(_)) | None => (),
+    }
+    // The directory of the default is made by the daemon.
+    if let Some(path) = server.control.0.as_deref().filter(|path| *path != Path::new(DEFAULT_CONTROL)) {
+        directory("server.control", path, warnings);
     }
 }
 
