@@ -24,6 +24,7 @@ pub(super) fn run(config_path: Option<PathBuf>) -> ExitCode {
             return ExitCode::from(CONFIG);
         }
     };
+    logging::never_wait();
     logging::start(&config.log);
     match monitor::serve(config_path, config) {
         Ok(()) => ExitCode::SUCCESS,

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     config::{Config, ConfigError},
-    logging::Chain,
+    logging::{Chain, tell_lost},
     sys::{self, ChildEnd},
     worker::{self, Inherited},
 };
@@ -232,6 +232,7 @@ impl Monitor {
             self.handle_signals()?;
             self.handle_requests();
             self.reload_if_wanted();
+            tell_lost();
             if self.handle_time().is_break() {
                 return Ok(());
             }

@@ -21,10 +21,16 @@ use tracing::{error, info, warn};
 pub use accept::{Listener, Stream, accept_loop};
 pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
-use crate::{config::Config, logging::Chain, milter, pipeline::Pipeline, policy, sys};
+use crate::{
+    config::Config,
+    logging::{Chain, tell_lost},
+    milter,
+    pipeline::Pipeline,
+    policy, sys,
+};
 
-/// How often files of the configuration (aliases, passwd-files) are looked at.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often files of the configuration (aliases, passwd-files) are looked at. A change in place takes two looks.
+const REFRESH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What the worker has from the monitor.
 #[derive(Debug)]
@@ -213,6 +219,7 @@ async fn refresh(pipeline: Arc<Pipeline>) {
         tokio::time::sleep(REFRESH_INTERVAL).await;
         let pipeline = Arc::clone(&pipeline);
         let _ = tokio::task::spawn_blocking(move || pipeline.refresh()).await;
+        tell_lost();
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) fn a_half_written_passwd_file_costs_no_mail(lane: &Lane) -> Counts {
             let mut file = File::create(&path).unwrap();
             for line in whole.split_inclusive('\n') {
                 file.write_all(line.as_bytes()).unwrap();
-                scene.load.go_on(Duration::from_millis(200));
+                scene.load.go_on(Duration::from_millis(50));
             }
         }
     })
@@ -103,9 +103,9 @@ fn home_that_hangs(lane: &Lane, hang: impl FnOnce(&Path) -> File) -> Counts {
         scene.assert_right();
         scene.load.wait_rogue(short_or_long(2, 10));
         scene.assert_right();
-        // The end of the server ends what waits for it.
-        drop(server);
+        // Who waits is let go.
         unmount(&home);
+        drop(server);
     })
 }
 

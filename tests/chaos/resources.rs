@@ -118,7 +118,7 @@ pub(crate) fn a_log_whose_reader_is_gone_costs_no_mail(lane: &Lane) -> Counts {
     })
 }
 
-/// Takes a file system away from whoever uses it.
+/// Takes a file system away from whoever uses it, or waits for it.
 pub(crate) fn unmount(path: &std::path::Path) {
-    umount2(path, MntFlags::MNT_DETACH).unwrap();
+    umount2(path, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH).unwrap();
 }

@@ -9,14 +9,14 @@ use nix::sys::socket::{setsockopt, sockopt};
 use super::common::milter::{Capture, Client, Frame, protocol};
 use super::common::policy::recorded_requests;
 use super::common::wait_until;
-use super::scene::{Counts, Lane, Scene, short_or_long, site, with_fault};
+use super::scene::{Counts, Lane, Scene, site, with_fault};
 use super::site::descriptors;
 
 /// Bytes kept of each piece of the recorded body of 200 KB: every cut is a connection.
 const BODY: usize = 300;
 
 /// Connections that stand still at a time, below `server.max-connections`.
-const STALLED: usize = 200;
+const STALLED: usize = 600;
 
 pub(crate) fn an_mta_that_goes_away_at_any_byte_leaves_nothing_behind(lane: &Lane) -> Counts {
     let site = site(lane).filter("alice", "message", "#!/bin/sh\ncat > /dev/null\n").filter(
@@ -30,15 +30,14 @@ pub(crate) fn an_mta_that_goes_away_at_any_byte_leaves_nothing_behind(lane: &Lan
         let requests = recorded_requests().concat().into_bytes();
         for (address, bytes) in [(milter, session), (policy, requests)] {
             let address = address.trim_start_matches("inet:").to_owned();
-            let step = short_or_long(1, 1);
-            let cuts = || (0..=bytes.len()).step_by(step);
-            for at in cuts() {
+            let cuts: Vec<usize> = (0..=bytes.len()).collect();
+            for at in cuts.iter().copied() {
                 drop(cut(&address, &bytes[..at]));
                 let reset = cut(&address, &bytes[..at]);
                 setsockopt(&reset, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
             }
-            let cuts: Vec<usize> = cuts().collect();
             for some in cuts.chunks(STALLED) {
+                wait_for_few_connections(scene);
                 let stalled: Vec<TcpStream> = some.iter().map(|at| cut(&address, &bytes[..*at])).collect();
                 scene.assert_right();
                 drop(stalled);
@@ -79,6 +78,7 @@ fn cut(address: &str, bytes: &[u8]) -> TcpStream {
     stream
 }
 
+/// What was cut is gone, or else `server.max-connections` is reached, and Postfix turned away.
 fn wait_for_few_connections(scene: &Scene) {
     let sockets = || {
         let open = descriptors(scene.site.daemon.worker_pid());
