@@ -34,7 +34,7 @@ pub(crate) fn a_directory_that_hangs_dies_and_returns_costs_no_mail(lane: &Lane)
     let site = site.resolvers(resolver).set("recipients", "unknown", "\"reject\"");
     let counts = with_fault(lane, site, |scene| {
         // Longer than anything is remembered.
-        let outage = Duration::from_secs(5);
+        let outage = Duration::from_secs(4);
         for _ in 0..short_or_long(1, 6) {
             slapd.pause();
             scene.load.go_on(outage);

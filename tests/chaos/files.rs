@@ -91,7 +91,7 @@ pub(crate) fn a_fifo_wherever_a_file_should_be_harms_its_own_user_alone(lane: &L
 fn home_that_hangs(lane: &Lane, hang: impl FnOnce(&Path) -> File) -> Counts {
     with_own_mounts();
     let site = site(lane)
-        .set("filter", "recipient-deadline", "\"2s\"")
+        .set("filter", "recipient-deadline", "\"1s\"")
         .set("filter", "timeout", "\"2s\"")
         .filter("rogue", "message", "#!/bin/sh\nexit 0\n");
     let home = site.users.account("rogue").home.clone();

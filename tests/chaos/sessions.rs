@@ -27,7 +27,7 @@ pub(crate) fn an_mta_that_goes_away_at_any_byte_leaves_nothing_behind(lane: &Lan
     with_fault(lane, site, |scene| {
         let (milter, policy) = (lane.milter().to_owned(), lane.policy().to_owned());
         let session = recorded_session(&milter);
-        let requests = recorded_requests().concat().into_bytes();
+        let requests = recorded_requests()[..2].concat().into_bytes();
         for (address, bytes) in [(milter, session), (policy, requests)] {
             let address = address.trim_start_matches("inet:").to_owned();
             let cuts: Vec<usize> = (0..=bytes.len()).collect();
