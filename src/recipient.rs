@@ -9,7 +9,7 @@ use crate::{
     rules::{Mixed, Rules},
     transaction::{Envelope, RecipientArgument},
     user::{User, UserName},
-    verdict::{self, Opinion},
+    verdict::{self, Opinion, Said},
 };
 
 /// A recipient, as far as RCPT TO decides about it.
@@ -43,6 +43,48 @@ pub struct Decision {
     pub opinion: Opinion,
     /// As `rule 3` or `recipient: exit 77`.
     pub by: String,
+    /// The same in one word of a few.
+    pub source: Source,
+}
+
+/// Where a verdict comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The site's rules.
+    Site,
+    /// The lists of senders in the user's directory entry.
+    Directory,
+    /// The user's rules.
+    Rules,
+    /// The user's executable at RCPT TO.
+    RecipientFilter,
+    /// The user's executable at the end of the message.
+    MessageFilter,
+    /// The user has none of these.
+    Nothing,
+    /// `verdict.split`
+    Split,
+    /// Nobody has the address.
+    UnknownUser,
+    /// Our own trouble.
+    Trouble,
+}
+
+impl Source {
+    /// The word used in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Site => "site-rules",
+            Self::Directory => "directory",
+            Self::Rules => "rules",
+            Self::RecipientFilter => "recipient-filter",
+            Self::MessageFilter => "message-filter",
+            Self::Nothing => "nothing",
+            Self::Split => "split",
+            Self::UnknownUser => "unknown-user",
+            Self::Trouble => "trouble",
+        }
+    }
 }
 
 /// One user who is asked about one recipient.
@@ -77,6 +119,15 @@ impl Judge {
         filter.map(|filter| filter.name.as_str())
     }
 
+    /// What there is to tell before the message is seen, and where it comes from.
+    pub fn said(&self) -> (Said, Source) {
+        match (&self.decided, self.message_filter()) {
+            (Some(decision), _) => (decision.opinion.verdict().into(), decision.source),
+            (None, Some(_)) => (Said::NotAsked, Source::MessageFilter),
+            (None, None) => (Said::Accept, Source::Nothing),
+        }
+    }
+
     /// The opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
         match &self.decided {
@@ -90,7 +141,7 @@ impl Judge {
 impl Decision {
     /// The same in words that the client understands.
     pub fn in_words_for(self, envelope: &Envelope) -> Self {
-        Self { opinion: self.opinion.in_words_for(envelope.smtputf8), by: self.by }
+        Self { opinion: self.opinion.in_words_for(envelope.smtputf8), ..self }
     }
 }
 

@@ -208,8 +208,8 @@ impl<T: Default> SourceFile<T> {
                 if let Some((seen, bytes)) = reading {
                     let old = last.seen.as_ref();
                     let is_new = old.is_none_or(|old| old.digest != seen.digest);
-                    let in_place = old.is_some_and(|old| old.identity.is_same_file(&seen.identity));
-                    if is_new && in_place && last.draft != Some(seen.digest) {
+                    let is_settled = old.is_none_or(|old| seen.identity.was_renamed_over(&old.identity));
+                    if is_new && !is_settled && last.draft != Some(seen.digest) {
                         last.draft = Some(seen.digest);
                         return;
                     }
@@ -325,8 +325,9 @@ impl<T: Default> SourceFile<T> {
 }
 
 impl Identity {
-    fn is_same_file(&self, other: &Self) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
+    /// Whether it is another file, and what was last done to it is no writing.
+    fn was_renamed_over(&self, old: &Self) -> bool {
+        (self.device, self.inode) != (old.device, old.inode) && self.modified != self.changed
     }
 
     fn of(metadata: &Metadata) -> Self {
@@ -462,9 +463,15 @@ mod tests {
         source.refresh();
         assert_eq!(*source.current(), ["zero", "one", "two"]);
         fs::write(&next, "three\n").unwrap();
+        set_age(&next, Duration::from_secs(1));
         fs::rename(&next, &path).unwrap();
         source.refresh();
         assert_eq!(*source.current(), ["three"], "what was renamed is whole");
+        fs::write(&next, "three\nfour\n").unwrap();
+        fs::rename(&next, &path).unwrap();
+        fs::write(&path, "four\n").unwrap();
+        source.refresh();
+        assert_eq!(*source.current(), ["three"], "what was renamed and is being written is not");
     }
 
     #[test]

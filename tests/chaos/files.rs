@@ -89,6 +89,10 @@ pub(crate) fn a_fifo_wherever_a_file_should_be_harms_its_own_user_alone(lane: &L
 
 /// A file system in place of rogue's home that never answers, as of an automounter whose server is gone.
 fn home_that_hangs(lane: &Lane, hang: impl FnOnce(&Path) -> File) -> Counts {
+    if File::open("/dev/fuse").is_err() {
+        println!("not checked: there is no /dev/fuse, as in a container without devices");
+        return Counts::default();
+    }
     with_own_mounts();
     let site = site(lane)
         .set("filter", "recipient-deadline", "\"1s\"")

@@ -294,6 +294,16 @@ impl Builder {
     }
 }
 
+/// A fragment of main.cf from `postfix/`, in which nothing is changed but an address; for [`Builder::main_cf`].
+#[track_caller]
+pub fn fragment(name: &str, from: &str, to: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("postfix").join(name);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let active: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    assert_eq!(active.join("\n").matches(from).count(), 1, "{name} has {from} once");
+    text.replace(from, to)
+}
+
 /// What every instance has, in main.cf's words.
 const FIXED_SETTINGS: &[(&str, &str)] = &[
     ("compatibility_level", "3.6"),

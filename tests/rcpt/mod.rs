@@ -6,12 +6,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that can't go on fails")]
 
 use std::fs;
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::common::milter;
 use crate::common::policy::{self, Request};
-use crate::common::postfix::Builder;
+use crate::common::postfix::{Builder, fragment};
 use crate::common::smtp::{Client, Reply, Sent};
 use crate::common::{Postfix, Sandbox, Usermilter, VirtualUsers, free_port};
 
@@ -192,15 +191,6 @@ spool-directory = "{spool}"
 pub fn unused_uid() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     20_000 + (std::process::id().wrapping_mul(251) + NEXT.fetch_add(1, Ordering::Relaxed)) % 40_000
-}
-
-/// A fragment of `postfix/` with one address changed.
-fn fragment(name: &str, from: &str, to: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("postfix").join(name);
-    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let active: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
-    assert_eq!(active.join("\n").matches(from).count(), 1, "{name} has {from} once");
-    text.replace(from, to)
 }
 
 /// usermilter without an MTA.
