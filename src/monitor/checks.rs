@@ -52,6 +52,14 @@ impl CheckError {
     pub(super) fn system(path: &Path, error: impl Into<io::Error>) -> Self {
         Self::failed(path, error.into().to_string())
     }
+
+    /// The same, of a path that begins in `directory`.
+    pub(super) fn below(self, directory: &Path) -> Self {
+        match self {
+            Self::Missing => Self::Missing,
+            Self::Failed { path, problem } => Self::Failed { path: directory.join(path), problem },
+        }
+    }
 }
 
 /// Something on the way to which every directory and every symbolic link is checked.
@@ -77,6 +85,22 @@ impl Place {
     /// As [`executable`], with a path that begins at this place: what is checked is not checked again.
     pub(super) fn executable(&self, path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
         find(Some(self), path, uid)?.ok_or(CheckError::Missing)?.into_executable(uid)
+    }
+
+    /// Whether only the user and root can make files in it, not even in a sticky directory. Where a group may write, it
+    /// was given to the group by the user; a directory of root's is not the user's to give.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckError`]: who could.
+    pub(super) fn check_filled_by(&self, uid: u32) -> Result<(), CheckError> {
+        let Self { path, metadata } = self;
+        check_owner(path, metadata.uid(), uid)?;
+        let others = if metadata.uid() == uid { OTHERS_MAY_WRITE & 0o007 } else { OTHERS_MAY_WRITE };
+        if metadata.mode() & others != 0 {
+            return Err(CheckError::failed(path, "directory is writable by others (chmod go-w)"));
+        }
+        Ok(())
     }
 
     fn into_executable(self, uid: u32) -> Result<PathBuf, CheckError> {
@@ -125,6 +149,25 @@ pub(super) fn is_absence(error: &io::Error) -> bool {
 /// [`CheckError`], with the path on which the check failed.
 pub(super) fn follow(path: &Path, uid: u32) -> Result<Place, CheckError> {
     follow_from(None, path, uid)
+}
+
+/// The working directory, to be called by the path by which it was entered.
+///
+/// # Errors
+///
+/// [`CheckError`], if it can't be looked at.
+pub(super) fn working_directory(path: &Path) -> Result<Place, CheckError> {
+    let metadata = fs::metadata(".").map_err(|error| CheckError::system(path, error))?;
+    Ok(Place { path: path.into(), metadata })
+}
+
+/// Whether there is nothing, and nobody but the user or root can put something there.
+pub(super) fn stays_absent(path: &Path, uid: u32) -> bool {
+    let is_absent = |path: &Path| fs::symlink_metadata(path).is_err_and(|error| is_absence(&error));
+    let present = path.ancestors().find(|path| !is_absent(path));
+    present.is_some_and(|present| {
+        present != path && follow(present, uid).is_ok_and(|place| place.check_filled_by(uid).is_ok())
+    })
 }
 
 fn follow_from(from: Option<&Place>, path: &Path, uid: u32) -> Result<Place, CheckError> {

@@ -9,6 +9,7 @@
 
 use std::{
     convert::Infallible,
+    env,
     ffi::{CStr, CString},
     fs::{self, File},
     io::{self, Write},
@@ -116,6 +117,14 @@ struct Identity {
     home: PathBuf,
 }
 
+/// A user's home, as far as there is one.
+struct Home {
+    /// Where it is, if only the user or root can change the way to it.
+    way: Result<Place, CheckError>,
+    /// Whether it is the working directory.
+    entered: nix::Result<()>,
+}
+
 impl Run<'_> {
     /// Whatever the worker says, a filter gets the message and two pipes.
     fn check_streams(&self) -> Result<(), Refusal> {
@@ -143,7 +152,7 @@ impl Child<'_> {
         }
         let outcome = self.become_user(user).and_then(|(identity, home)| {
             let mut inspection = Inspection { uid: identity.uid.as_raw(), ..Inspection::default() };
-            self.find_files(user, &identity, home.as_ref(), &mut inspection)?;
+            self.find_files(user, &identity, &home, &mut inspection)?;
             inspection.home = identity.home;
             Ok(inspection)
         });
@@ -195,9 +204,9 @@ impl Child<'_> {
             prctl::set_no_new_privs().map_err(|e| refused("prctl(PR_SET_NO_NEW_PRIVS)", e))?;
         }
         umask(Mode::S_IRWXG | Mode::S_IRWXO);
-        let filter = self.find_filter(&identity, home.as_ref(), run)?;
+        let filter = self.find_filter(&identity, &home, run)?;
         // A virtual user of whom the directory knows all may have no home.
-        chdir(&identity.home)
+        home.entered
             .or_else(|_| chdir("/"))
             .map_err(|e| Refusal::Check(format!("home {}: {}", identity.home.display(), e.desc())))?;
         let filter = CString::new(filter.as_os_str().as_bytes()).map_err(|e| refused("path of filter", e))?;
@@ -217,9 +226,8 @@ impl Child<'_> {
         })
     }
 
-    /// Every privilege goes, for good, before anything of the user's is touched. The place is the user's home, if only
-    /// the user or root can change the way to it.
-    fn become_user(&self, user: &User) -> Result<(Identity, Option<Place>), Refusal> {
+    /// Every privilege goes, for good, before anything of the user's is touched.
+    fn become_user(&self, user: &User) -> Result<(Identity, Home), Refusal> {
         let identity = self.identify(user)?;
         setsid().map_err(|e| refused("setsid", e))?;
         let (uid, mut gid) = (identity.uid, identity.gid);
@@ -237,7 +245,7 @@ impl Child<'_> {
         if getppid() != self.parent.pid {
             return Err(Refusal::Check("the monitor is gone".into()));
         }
-        let home = self.check_home(user, &identity)?;
+        let home = self.enter_home(user, &identity)?;
         Ok((identity, home))
     }
 
@@ -293,32 +301,44 @@ impl Child<'_> {
         Ok(identity)
     }
 
-    /// A virtual user's home may be reached through links, but not out of `virtual-homes`. Asked as the user, for
-    /// whom nothing is lost by looking.
-    fn check_home(&self, user: &User, identity: &Identity) -> Result<Option<Place>, Refusal> {
-        let way = checks::follow(&identity.home, identity.uid.as_raw()).ok();
+    /// Enters the home as the user, for whom nothing is lost by looking.
+    ///
+    /// The home of a virtual user is what the worker says. It may be reached through links, but not out of
+    /// `virtual-homes`, and not in a directory that others may fill: a link there in place of the rules would be followed
+    /// as the user. What is read is read from the working directory, which nobody can swap.
+    fn enter_home(&self, user: &User, identity: &Identity) -> Result<Home, Refusal> {
+        let (path, uid) = (&identity.home, identity.uid.as_raw());
+        let home = Home { way: checks::follow(path, uid), entered: chdir(path) };
         if let Account::Passwd = user.account {
-            return Ok(way);
+            return Ok(home);
         }
-        let real = match &way {
-            Some(home) => home.path().to_owned(),
-            None => match fs::canonicalize(&identity.home) {
+        let real = match (&home.way, home.entered) {
+            (Ok(place), _) => place.path().to_owned(),
+            (Err(_), Ok(())) => env::current_dir().map_err(|e| refused("working directory", e))?,
+            (Err(_), Err(_)) => match fs::canonicalize(path) {
                 Ok(real) => real,
-                Err(_) => return Ok(None),
+                Err(_) => return Ok(home),
             },
         };
         // Without links on the way, what `identify` has seen of the path as it is written is all there is.
-        let leads_astray = real != identity.home && {
+        let leads_astray = real != *path && {
             let roots = self.settings.virtual_homes.iter().filter_map(|p| fs::canonicalize(p).ok());
             !is_below(&real, &roots.collect::<Vec<_>>())
         };
         if leads_astray {
             return Err(Refusal::Check(format!(
                 "home {} leads outside filter.virtual-homes",
-                identity.home.display()
+                path.display()
             )));
         }
-        Ok(way)
+        let checked = match (&home.way, home.entered) {
+            (Ok(place), _) => place.check_filled_by(uid),
+            (Err(_), Ok(())) => checks::working_directory(path).and_then(|place| place.check_filled_by(uid)),
+            // Nothing of it is read.
+            (Err(_), Err(_)) => Ok(()),
+        };
+        checked.map_err(|failed| Refusal::Check(format!("home {failed}")))?;
+        Ok(home)
     }
 
     fn limit_resources(&self) -> Result<(), Refusal> {
@@ -339,12 +359,7 @@ impl Child<'_> {
         Ok(())
     }
 
-    fn find_filter(
-        &self,
-        identity: &Identity,
-        home: Option<&Place>,
-        run: &Run<'_>,
-    ) -> Result<PathBuf, Refusal> {
+    fn find_filter(&self, identity: &Identity, home: &Home, run: &Run<'_>) -> Result<PathBuf, Refusal> {
         for name in run.phase.candidates(run.extension) {
             match self.own_executable(identity, home, &name) {
                 Err(CheckError::Missing) => (),
@@ -356,21 +371,22 @@ impl Child<'_> {
         let Some(program) = self.fallback_paths(run.user, run.phase).into_iter().next() else {
             return Err(Refusal::NoFilter);
         };
+        // It may do what files in HOME say, and the home of a virtual user is what the worker says.
+        if let (Account::Virtual { .. }, Err(failed)) = (&run.user.account, &home.way)
+            && !checks::stays_absent(&identity.home, identity.uid.as_raw())
+        {
+            return Err(Refusal::Check(format!("home {failed}")));
+        }
         checks::executable(&program, 0).map_err(|failed| Refusal::Check(program_problem(&program, &failed)))
     }
 
     /// The real path of an executable in the user's directory.
-    fn own_executable(
-        &self,
-        identity: &Identity,
-        home: Option<&Place>,
-        name: &str,
-    ) -> Result<PathBuf, CheckError> {
+    fn own_executable(&self, identity: &Identity, home: &Home, name: &str) -> Result<PathBuf, CheckError> {
         let (path, uid) = (self.settings.directory.join(name), identity.uid.as_raw());
-        match home {
-            Some(home) => home.executable(&path, uid),
+        match &home.way {
+            Ok(home) => home.executable(&path, uid),
             // Again from the root, for the error.
-            None => checks::executable(&identity.home.join(path), uid),
+            Err(_) => checks::executable(&identity.home.join(path), uid),
         }
     }
 
@@ -399,16 +415,17 @@ impl Child<'_> {
         &self,
         user: &User,
         identity: &Identity,
-        home: Option<&Place>,
+        home: &Home,
         inspection: &mut Inspection,
     ) -> Result<(), Refusal> {
         inspection.fallback_recipient = self.fallback(user, Phase::Recipient);
         inspection.fallback_message = self.fallback(user, Phase::Message);
-        let directory = identity.home.join(&self.settings.directory);
-        let entries = match fs::read_dir(&directory) {
+        let directory = &self.settings.directory;
+        let entered = home.entered.map_err(io::Error::from);
+        let entries = match entered.and_then(|()| fs::read_dir(directory)) {
             Err(error) if checks::is_absence(&error) => return Ok(()),
             // What is there and can't be seen is not nothing.
-            other => other.map_err(|e| refused(&directory.display().to_string(), e))?,
+            other => other.map_err(|e| refused(&identity.home.join(directory).display().to_string(), e))?,
         };
         for entry in entries.filter_map(Result::ok) {
             let Ok(name) = entry.file_name().into_string() else {
@@ -426,9 +443,9 @@ impl Child<'_> {
             }
         }
         inspection.filters.sort_by(|a, b| a.name.cmp(&b.name));
-        match read_rules(&directory) {
+        match read_rules(directory) {
             Ok(rules) => inspection.rules = rules,
-            Err(error) => inspection.rules_problem = Some(error.to_string()),
+            Err(error) => inspection.rules_problem = Some(error.below(&identity.home).to_string()),
         }
         Ok(())
     }
