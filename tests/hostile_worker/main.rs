@@ -8,13 +8,15 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod races;
+mod requests;
 #[path = "../site/mod.rs"]
 mod site;
 mod stand_in;
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -40,6 +42,13 @@ const TESTS: &[Test] = &[
     ("a_filter_gets_no_descriptor_of_another_kind", wrong_kinds),
     ("a_worker_that_never_reads_is_ended_and_starts_no_more_than_its_share", flood),
     ("a_flood_of_requests_does_not_hold_up_the_end", flood_and_stop),
+    ("a_home_that_the_worker_invents_gives_nothing_of_another_user_away", others_homes),
+    ("requests_without_sense_harm_only_themselves", odd_requests),
+    ("while_a_user_edits_a_filter_each_run_is_of_one_version", races::edits),
+    ("in_a_directory_that_a_group_may_write_nothing_runs_whatever_is_swapped", races::writable_directory),
+    ("in_a_sticky_directory_others_names_are_no_filters_whatever_is_swapped", races::sticky_directory),
+    ("a_home_behind_a_link_that_is_swapped_runs_nothing_and_tells_nothing", races::home_behind_a_link),
+    ("while_directories_are_mounted_over_each_other_only_the_users_own_filters_run", races::mounts),
 ];
 
 fn main() -> ExitCode {
@@ -88,6 +97,11 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
+        Self::with("")
+    }
+
+    /// With more lines in the section `[filter]`.
+    fn with(settings: &str) -> Self {
         common::require_root();
         let sandbox = Sandbox::new();
         let mut users = VirtualUsers::new(&sandbox, &[("alice", 5001), ("bob", 5002)]);
@@ -106,9 +120,9 @@ impl Scene {
         let config = sandbox.write(
             "usermilter.toml",
             format!(
-                "[server]\nuser = \"nobody\"\nmilter = [\"unix:{milter}\"]\npolicy = []\ndrain-timeout = \"1s\"\n\
+                "[server]\nuser = \"nobody\"\nmilter = [\"unix:{milter}\"]\npolicy = []\ncontrol = \"off\"\ndrain-timeout = \"1s\"\n\
                  [filter]\nvirtual-uids = [5001, 5999]\nvirtual-homes = [\"{homes}\"]\nmax-processes = 4\n\
-                 timeout = \"5s\"\nprogram-directories = [\"/usr/lib/usermilter/filters\"]\n",
+                 timeout = \"5s\"\nprogram-directories = [\"/usr/lib/usermilter/filters\"]\n{settings}\n",
                 milter = sandbox.join("milter.sock").display(),
                 homes = users.homes().display(),
             ),
@@ -131,7 +145,8 @@ impl Scene {
     fn start(&self, attack: &str, descriptors: Option<u32>) -> Monitor {
         let mut command = Command::new("/bin/sh");
         let limit = descriptors.map_or(String::new(), |limit| format!("ulimit -n {limit}; "));
-        command.args(["-c", &format!("{limit}exec \"$@\""), "sh"]);
+        let mounts = if self.mark("own-mounts").exists() { "unshare --mount" } else { "" };
+        command.args(["-c", &format!("{limit}exec {mounts} \"$@\""), "sh"]);
         command.arg(std::env::current_exe().unwrap()).arg(MONITOR).arg(&self.config);
         command.arg(self.sandbox.path()).arg(attack);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -168,7 +183,12 @@ impl Monitor {
 
 #[track_caller]
 fn wait_for(what: &Path) {
-    assert!(wait_until(SOON, || what.exists()), "{} did not come", what.display());
+    wait_for_within(what, SOON);
+}
+
+#[track_caller]
+fn wait_for_within(what: &Path, patience: Duration) {
+    assert!(wait_until(patience, || what.exists()), "{} did not come", what.display());
 }
 
 /// Waits until the monitor has only what it always has.
@@ -189,6 +209,13 @@ fn malformed() {
         ("ready-twice", "ready for the second time"),
         ("bad-user-name", "malformed message of "),
         ("bad-program-name", "malformed message of "),
+        ("name=", "malformed message of "),
+        ("name=+", "malformed message of "),
+        ("name=-", "malformed message of "),
+        ("name=root:0", "malformed message of "),
+        ("name=/root", "malformed message of "),
+        ("name=root\n", "malformed message of "),
+        ("name=root alice", "malformed message of "),
         // No fault of the protocol, but the end of the worker all the same.
         ("empty", "worker died"),
         ("close", "worker died"),
@@ -245,6 +272,102 @@ fn foreign_users() {
     monitor.stop();
 }
 
+fn others_homes() {
+    let site_program = "#!/bin/sh\necho \"$HOME\" > \"$(mktemp \"${0%/*}/marks/home-XXXXXX\")\"\n";
+    let sandbox = Sandbox::new();
+    sandbox.directory("marks");
+    fs::set_permissions(sandbox.join("marks"), fs::Permissions::from_mode(0o1777)).unwrap();
+    let program = sandbox.write("program", site_program);
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut scene = Scene::with(&format!("default-message = \"{}\"", program.display()));
+    scene.users.add("carol", 5003, 5003);
+    let homes = scene.users.homes().to_owned();
+    let (bob, carol) = (homes.join("bob"), homes.join("carol"));
+    let link = |target: &Path, path: PathBuf| std::os::unix::fs::symlink(target, path);
+    // Bob follows links of his own, and has a secret.
+    fs::remove_file(bob.join(".usermilter/message")).unwrap();
+    fs::write(bob.join("secret"), "nobody reads this but bob\n").unwrap();
+    fs::write(bob.join("rules"), "# rules of bob\n").unwrap();
+    for (name, mode) in [("secret", 0o600), ("rules", 0o644)] {
+        std::os::unix::fs::chown(bob.join(name), Some(5002), Some(5002)).unwrap();
+        fs::set_permissions(bob.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    link(Path::new("../rules"), bob.join(".usermilter/rules.toml")).unwrap();
+    // Carol lets everybody in, and has links to it wherever the monitor's child would read or write.
+    let open = homes.join("open");
+    for home in [&carol, &carol.join("lists"), &open] {
+        let directory = home.join(".usermilter");
+        fs::create_dir_all(&directory).unwrap();
+        for name in ["rules.toml", "friends", "log"] {
+            link(&bob.join("secret"), directory.join(name)).unwrap();
+        }
+        for path in [home, &directory] {
+            std::os::unix::fs::chown(path, Some(5003), Some(5003)).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+    }
+    let rules = carol.join("lists/.usermilter/rules.toml");
+    fs::remove_file(&rules).unwrap();
+    fs::write(&rules, "[[rule]]\nsender-file = [\"friends\"]\naction = \"accept\"\n").unwrap();
+    link(&carol.join("lists"), carol.join("link")).unwrap();
+    std::os::unix::fs::chown(&open, Some(0), Some(0)).unwrap();
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o1777)).unwrap();
+
+    let monitor = scene.start("others-homes", None);
+    wait_for(&scene.mark("survived"));
+    let told = fs::read_to_string(scene.mark("told")).unwrap();
+    monitor.stop();
+    let outcome = |request: &str| {
+        let line = told.lines().find_map(|line| line.strip_prefix(request)?.strip_prefix(" => "));
+        line.unwrap_or_else(|| panic!("no {request}: {told}"))
+    };
+    assert!(!told.contains("nobody reads this"), "{told}");
+    assert!(outcome("inspect bob at home").contains("rules of bob"), "{told}");
+    for place in [
+        "in the home of carol",
+        "in a directory of carol",
+        "behind a link of carol",
+        "where all can put something",
+    ] {
+        for request in ["inspect", "run"] {
+            let outcome = outcome(&format!("{request} bob {place}"));
+            assert!(
+                !outcome.starts_with("exited 0,") && outcome.contains("Refusal("),
+                "{request} {place}: {told}"
+            );
+        }
+    }
+    let secret = fs::read_to_string(bob.join("secret")).unwrap();
+    assert_eq!(secret, "nobody reads this but bob\n", "{told}");
+    // The site's program takes its settings from a home: only where nobody else can put some.
+    let marks = fs::read_dir(sandbox.join("marks")).unwrap().flatten();
+    let mut ran: Vec<_> = marks
+        .map(|mark| {
+            (mark.metadata().unwrap().uid(), fs::read_to_string(mark.path()).unwrap().trim_end().to_owned())
+        })
+        .collect();
+    ran.sort();
+    let shown = |path: &Path| path.display().to_string();
+    assert_eq!(
+        ran,
+        [(5002, shown(&bob)), (5003, shown(&carol)), (5003, shown(&carol.join("absent")))],
+        "{told}"
+    );
+}
+
+fn odd_requests() {
+    let scene = Scene::new();
+    let monitor = scene.start("odd-requests", None);
+    wait_for_within(&scene.mark("survived"), Duration::from_secs(60));
+    let told = fs::read_to_string(scene.mark("told")).unwrap();
+    assert!(told.lines().count() > 8, "{told}");
+    for line in told.lines() {
+        assert!(line.ends_with(" => exited 0, no report"), "{line}\n{told}");
+    }
+    wait_for_descriptors(&monitor);
+    monitor.stop();
+}
+
 fn wrong_kinds() {
     let scene = Scene::new();
     let monitor = scene.start("wrong-kinds", None);
@@ -258,7 +381,7 @@ fn wrong_kinds() {
             assert!(outcome.starts_with("NotRun, "), "{line}\n{told}");
         }
     }
-    assert!(told.lines().count() > 8, "{told}");
+    assert!(told.lines().count() > 30, "{told}");
     assert_eq!(scene.ran("alice"), "message\n", "{told}");
     monitor.stop();
 }

@@ -6,7 +6,10 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::{OFlag, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, pipe, setgroups, setresgid, setresuid};
 use serde::Serialize;
 use usermilter::monitor::{End, Event, JobId, MAX_PACKET, Phase, Report, Variable, decode, encode};
@@ -15,7 +18,7 @@ use usermilter::worker::Inherited;
 
 /// [`usermilter::monitor::Request`] as it is on the wire, without what its types see to.
 #[derive(Serialize)]
-enum Request {
+pub(super) enum Request {
     Ready,
     Inspect {
         job: JobId,
@@ -29,23 +32,28 @@ enum Request {
         variables: Vec<(Variable, String)>,
         time_limit: u64,
     },
-}
-
-#[derive(Serialize)]
-struct User {
-    name: String,
-    account: Account,
-    program: Option<String>,
+    Log {
+        job: JobId,
+        user: User,
+        text: String,
+    },
 }
 
 #[derive(Clone, Serialize)]
-enum Account {
+pub(super) struct User {
+    pub(super) name: String,
+    pub(super) account: Account,
+    pub(super) program: Option<String>,
+}
+
+#[derive(Clone, Serialize)]
+pub(super) enum Account {
     Passwd,
     Virtual { uid: u32, gid: u32, home: PathBuf },
 }
 
-struct StandIn {
-    channel: OwnedFd,
+pub(super) struct StandIn {
+    pub(super) channel: OwnedFd,
     scene: PathBuf,
 }
 
@@ -76,19 +84,23 @@ fn drop_to(uid: Uid, gid: Gid) {
 }
 
 impl StandIn {
-    fn mark(&self, name: &str, text: &str) {
-        let path = self.scene.join("marks").join(name);
+    pub(super) fn mark(&self, name: &str, text: &str) {
+        let path = self.path(name);
         // At once, since somebody waits for it.
         let new = path.with_extension("new");
         fs::write(&new, text).unwrap();
         fs::rename(new, path).unwrap();
     }
 
-    fn home(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, mark: &str) -> PathBuf {
+        self.scene.join("marks").join(mark)
+    }
+
+    pub(super) fn home(&self, name: &str) -> PathBuf {
         self.scene.join("homes").join(name)
     }
 
-    fn alice(&self) -> User {
+    pub(super) fn alice(&self) -> User {
         virtual_user("alice", 5001, 5001, self.home("alice"))
     }
 
@@ -149,13 +161,21 @@ impl StandIn {
             "close" => sys::close_in_child(&[self.channel.as_raw_fd()]),
             "foreign-users" => self.foreign_users(),
             "wrong-kinds" => self.wrong_kinds(),
+            "others-homes" => self.others_homes(),
+            "odd-requests" => self.odd_requests(),
+            "races" => self.run_while_others_swap(),
+            name if name.starts_with("name=") => {
+                let user =
+                    User { name: name["name=".len()..].into(), account: Account::Passwd, program: None };
+                self.send(&self.run(1, user, None), &[write.as_raw_fd(); 2]);
+            }
             "flood" => self.flood(false),
             "reading-flood" => self.flood(true),
             _ => panic!("no attack {attack}"),
         }
     }
 
-    fn run(&self, job: JobId, user: User, extension: Option<&str>) -> Request {
+    pub(super) fn run(&self, job: JobId, user: User, extension: Option<&str>) -> Request {
         let variables = vec![(Variable::Sender, String::new())];
         let extension = extension.map(str::to_owned);
         Request::Run { job, user, phase: Phase::Message, extension, variables, time_limit: u64::MAX }
@@ -166,7 +186,23 @@ impl StandIn {
         let mut ask = |what: &str, user: User, extension: Option<&str>| {
             told += &format!("{what} => {}\n", self.outcome(user, extension));
         };
-        for name in ["root", "daemon", "mail", "nobody", "postfix", "umt-nobody-has-this-name"] {
+        for name in [
+            "root",
+            "daemon",
+            "mail",
+            "www-data",
+            "nobody",
+            "postfix",
+            "ROOT",
+            "0",
+            "5001",
+            "65534",
+            "root@localhost",
+            "*",
+            "%u",
+            "~root",
+            "umt-nobody-has-this-name",
+        ] {
             ask(name, User { name: name.into(), account: Account::Passwd, program: None }, None);
         }
         let (own, bobs, lows) = (self.home("alice"), self.home("bob"), self.home("low"));
@@ -175,6 +211,8 @@ impl StandIn {
             ("gid 0", 5001, 0, &own),
             ("uid -1", u32::MAX, 5001, &own),
             ("gid -1", 5001, u32::MAX, &own),
+            ("gid of daemon", 5001, 1, &own),
+            ("gid of shadow", 5001, 42, &own),
             ("uid 4999", 4999, 5001, &lows),
             ("gid 4999", 5001, 4999, &own),
             ("uid 6000", 6000, 5001, &own),
@@ -214,8 +252,18 @@ impl StandIn {
         let writable: OwnedFd = File::options().write(true).open("/dev/null").unwrap().into();
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let socket: OwnedFd = socket.into();
+        let of_proc: OwnedFd = File::open("/proc/self/status").unwrap().into();
+        let terminal: OwnedFd = File::open("/dev/ptmx").unwrap().into();
+        let path_only = |path: &str| open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).unwrap();
+        let [only_path, only_directory] = ["/etc/passwd", "/etc"].map(path_only);
+        let events = nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::empty()).unwrap().0;
+        let counter: OwnedFd = nix::sys::eventfd::EventFd::from_value(0).unwrap().into();
+        let fifo_path = self.path("fifo");
+        nix::unistd::mkfifo(&fifo_path, Mode::S_IRWXU).unwrap();
+        let fifo: OwnedFd = File::options().read(true).write(true).open(&fifo_path).unwrap().into();
+        let writable_memory = memfd_create("message", MFdFlags::MFD_CLOEXEC).unwrap();
         // Anonymous, but open for writing.
-        let path = self.scene.join("marks/anonymous");
+        let path = self.path("anonymous");
         let anonymous: OwnedFd =
             File::options().read(true).write(true).create_new(true).open(&path).unwrap().into();
         fs::remove_file(&path).unwrap();
@@ -236,10 +284,30 @@ impl StandIn {
             ("write-only device", &writable),
             ("socket", &socket),
             ("writable file", &anonymous),
+            ("file of /proc", &of_proc),
+            ("terminal", &terminal),
+            ("file that is not open", &only_path),
+            ("directory that is not open", &only_directory),
+            ("set of events", &events),
+            ("counter", &counter),
+            ("FIFO", &fifo),
+            ("pipe", &OwnedFd::from(pipe().unwrap().0)),
+            ("writable memory", &writable_memory),
+            ("channel to the monitor", &self.channel),
         ] {
             ask(&format!("{what} as message"), Some(stdin), [None, None]);
         }
-        for (what, output) in [("file", &anonymous), ("socket", &socket), ("device", &writable)] {
+        for (what, output) in [
+            ("file", &anonymous),
+            ("socket", &socket),
+            ("device", &writable),
+            ("terminal", &terminal),
+            ("set of events", &events),
+            ("counter", &counter),
+            ("memory", &writable_memory),
+            ("file that is not open", &only_path),
+            ("channel to the monitor", &self.channel),
+        ] {
             ask(&format!("{what} as output"), None, [Some(output), None]);
             ask(&format!("{what} as error output"), None, [None, Some(output)]);
         }
@@ -280,7 +348,7 @@ impl StandIn {
     }
 
     /// Sends a proper request and says what came of it.
-    fn outcome(&self, user: User, extension: Option<&str>) -> String {
+    pub(super) fn outcome(&self, user: User, extension: Option<&str>) -> String {
         let (output, theirs) = pipe().unwrap();
         let request = self.run(9, user, extension);
         self.send(&request, &[theirs.as_raw_fd(), theirs.as_raw_fd()]);
@@ -288,7 +356,7 @@ impl StandIn {
         self.end(9, output)
     }
 
-    fn end(&self, job: JobId, report: OwnedFd) -> String {
+    pub(super) fn end(&self, job: JobId, report: OwnedFd) -> String {
         let end = loop {
             match self.event(Duration::from_secs(10)) {
                 Some(Event::Finished { job: of, end, .. }) if of == job => break end,
@@ -308,7 +376,7 @@ impl StandIn {
         }
     }
 
-    fn event(&self, patience: Duration) -> Option<Event> {
+    pub(super) fn event(&self, patience: Duration) -> Option<Event> {
         let timeout = PollTimeout::try_from(patience).unwrap();
         let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&self.channel), PollFlags::POLLIN)];
         if poll(&mut fds, timeout).ok()? == 0 {
@@ -319,7 +387,7 @@ impl StandIn {
         decode(&buffer[..received.length]).ok()
     }
 
-    fn send(&self, request: &Request, descriptors: &[RawFd]) {
+    pub(super) fn send(&self, request: &Request, descriptors: &[RawFd]) {
         self.send_bytes(&encode(request).unwrap(), descriptors);
     }
 
@@ -331,7 +399,7 @@ impl StandIn {
     }
 }
 
-fn virtual_user(name: &str, uid: u32, gid: u32, home: impl AsRef<Path>) -> User {
+pub(super) fn virtual_user(name: &str, uid: u32, gid: u32, home: impl AsRef<Path>) -> User {
     User {
         name: name.into(),
         account: Account::Virtual { uid, gid, home: home.as_ref().into() },
