@@ -67,7 +67,7 @@ impl Race {
         wait_for_within(&scene.mark("attacks"), LONG);
 
         let script = format!(
-            "import ctypes, os, sys\nhomes, stop = sys.argv[1:]\n\
+            "import ctypes, os, sys, time\nhomes, stop = sys.argv[1:]\n\
              def quiet(f, *a):\n    try: return f(*a)\n    except OSError: return None\n\
              mount = ctypes.CDLL(None, use_errno=True).mount\n\
              umount = ctypes.CDLL(None, use_errno=True).umount2\n\
@@ -99,7 +99,7 @@ impl Race {
         }
         let race = Race { swaps: swaps.trim().parse().unwrap(), executed: counts[0], leaks: counts[1], ran };
         println!("  {} runs, {} inspections: {race:?}", TIMES, TIMES);
-        assert!(race.swaps > 1000, "{race:?}");
+        assert!(race.swaps >= 20, "{race:?}");
         assert_eq!(race.leaks, 0, "{race:?}");
         race
     }
@@ -244,6 +244,7 @@ pub(super) fn mounts() {
         &format!(
             "place = (homes + '/alice/.usermilter').encode()\n\
              mount((homes + '/alice/mounted').encode(), place, None, {BIND}, None)\n\
+             time.sleep(0.002)\n\
              umount(place, {DETACH})"
         ),
     );
