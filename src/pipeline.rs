@@ -75,9 +75,14 @@ impl Outcome {
 
 impl Pipeline {
     /// For a worker. `tracker`: gets the tasks that outlive a transaction.
-    pub fn new(settings: Arc<Config>, monitor: &Arc<Monitor>, tracker: TaskTracker) -> Self {
+    pub fn new(
+        settings: Arc<Config>,
+        monitor: &Arc<Monitor>,
+        resolver: resolver::Chain,
+        tracker: TaskTracker,
+    ) -> Self {
         Self {
-            resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients),
+            resolver,
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(Filters::new(Arc::clone(monitor), settings.filter.clone())),
             answers: Answers::new(),

@@ -141,7 +141,7 @@ async fn trial(
     .map_err(|error| usage("--recipient", &error))?;
     let sender = Sender::parse(arguments.sender.as_bytes()).map_err(|error| usage("--sender", &error))?;
 
-    let resolver = resolver::Chain::new(&config.resolvers, &config.recipients);
+    let resolver = resolver::Chain::open(config);
     let found = find_user(&resolver, &user_name).await.map_err(|error| (SOFTWARE, error))?;
     let (user, directory_rules) =
         found.ok_or_else(|| (USAGE, format!("--user: nobody is called \"{name}\"")))?;

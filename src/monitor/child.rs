@@ -47,7 +47,7 @@ const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
 /// Exit status of a child that did not become a filter. The report says why; should it get lost, this is no verdict
 /// either.
-const NOT_RUN: i32 = 126;
+pub(super) const NOT_RUN: i32 = 126;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;
@@ -450,7 +450,7 @@ fn check_message(message: &OwnedFd) -> Result<(), Refusal> {
 
 /// A report may be written before the drop: on a socket, what root writes could carry root's credentials (unix(7),
 /// SO_PASSCRED), and a file may ask who writes. The monitor itself must not ask what a descriptor is: fstat(2) can hang.
-fn check_pipe(what: &str, descriptor: &OwnedFd) -> Result<(), Refusal> {
+pub(super) fn check_pipe(what: &str, descriptor: &OwnedFd) -> Result<(), Refusal> {
     let stat = fstat(descriptor).map_err(|e| refused("fstat", e))?;
     if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO {
         Ok(())
@@ -471,7 +471,7 @@ fn environment(identity: &Identity, variables: &[(Variable, String)]) -> Vec<CSt
         .collect()
 }
 
-fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
+pub(super) fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
     Refusal::Check(format!("{what}: {error}"))
 }
 

@@ -590,7 +590,7 @@ impl Worker {
                 }
                 *became_ready = Some(self.id);
             } else if let Some(failed) =
-                jobs.start(self.id, &request, &received.descriptors, &self.settings.filter)?
+                jobs.start(self.id, &request, &received.descriptors, &self.settings)?
             {
                 let event = Event::Finished { job: failed.id, end: failed.end, elapsed: 0 };
                 self.send(&event);

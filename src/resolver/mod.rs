@@ -19,7 +19,8 @@ use std::{
 
 use crate::{
     address::Address,
-    config::{OnError, Recipients, ResolverConfig},
+    config::{Config, OnError, ResolverConfig},
+    inquiry::Inquiry,
     rules::Rules,
     user::{Account, User, UserName},
 };
@@ -78,8 +79,17 @@ pub struct Unavailable {
 pub struct Chain {
     aliases: Aliases,
     resolvers: Vec<Resolver>,
+    inquiry: Inquiry,
     domains: Vec<String>,
     delimiters: String,
+}
+
+/// The files of a configuration, read before a worker confines itself.
+#[derive(Debug)]
+pub struct Files {
+    aliases: Aliases,
+    /// In the order of their resolvers.
+    passwd_files: Vec<(PathBuf, PasswdFile)>,
 }
 
 #[derive(Debug)]
@@ -148,25 +158,53 @@ impl Trace<'_> {
 /// Most addresses that directory entries may lead to, and loops among them.
 const MAX_FORWARDS: usize = 1000;
 
-impl Chain {
-    /// Opens the resolvers of a configuration.
-    pub fn new(resolvers: &[ResolverConfig], recipients: &Recipients) -> Self {
-        let resolvers = resolvers
-            .iter()
-            .map(|config| match config {
-                ResolverConfig::Passwd(config) => Resolver::Passwd(Passwd::new(config.min_uid)),
-                ResolverConfig::PasswdFile(config) => {
-                    Resolver::PasswdFile(config.path.clone(), PasswdFile::open(&config.path))
-                }
-                ResolverConfig::Ldap(config) => {
-                    let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
-                    Resolver::Ldap(servers.join(" "), Box::new(LdapResolver::new((**config).clone())))
-                }
-            })
-            .collect();
+impl Files {
+    /// Reads them.
+    pub fn open(config: &Config) -> Self {
+        let passwd_files = config.resolvers.iter().filter_map(|resolver| match resolver {
+            ResolverConfig::PasswdFile(file) => Some((file.path.clone(), PasswdFile::open(&file.path))),
+            ResolverConfig::Passwd(_) | ResolverConfig::Ldap(_) => None,
+        });
         Self {
-            aliases: Aliases::open(&recipients.aliases, &recipients.virtual_aliases),
+            passwd_files: passwd_files.collect(),
+            aliases: Aliases::open(&config.recipients.aliases, &config.recipients.virtual_aliases),
+        }
+    }
+
+    /// `:include:` files, whose paths are in the texts of others.
+    pub fn included(&self) -> Vec<PathBuf> {
+        self.aliases.included_files()
+    }
+}
+
+impl Chain {
+    /// Opens the resolvers of a configuration, for a process that asks the system itself.
+    pub fn open(config: &Config) -> Self {
+        Self::new(config, Files::open(config), Inquiry::Direct)
+    }
+
+    /// The resolvers of a configuration whose files have been read.
+    pub fn new(config: &Config, files: Files, inquiry: Inquiry) -> Self {
+        let mut passwd_files = files.passwd_files.into_iter();
+        let resolvers = config.resolvers.iter().enumerate().filter_map(|(number, config)| match config {
+            ResolverConfig::Passwd(config) => {
+                Some(Resolver::Passwd(Passwd::new(inquiry.clone(), config.min_uid)))
+            }
+            ResolverConfig::PasswdFile(_) => {
+                passwd_files.next().map(|(path, file)| Resolver::PasswdFile(path, file))
+            }
+            ResolverConfig::Ldap(config) => {
+                let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
+                let resolver = LdapResolver::with_hosts((**config).clone(), inquiry.hosts(number));
+                Some(Resolver::Ldap(servers.join(" "), Box::new(resolver)))
+            }
+        });
+        let resolvers = resolvers.collect();
+        let recipients = &config.recipients;
+        Self {
+            aliases: files.aliases,
             resolvers,
+            inquiry,
             domains: recipients.domains.clone(),
             delimiters: recipients.delimiters.clone(),
         }
@@ -174,10 +212,10 @@ impl Chain {
 
     /// Re-reads files that have changed. Blocks; to be called about once a second.
     pub fn refresh(&self) {
-        self.aliases.refresh();
+        self.aliases.refresh_by(&self.inquiry);
         for resolver in &self.resolvers {
             if let Resolver::PasswdFile(_, file) = resolver {
-                file.refresh();
+                file.refresh_by(&self.inquiry);
             }
         }
     }
@@ -353,7 +391,7 @@ impl Resolver {
                 let Ok(user) = UserName::try_from(name.local().to_owned()) else {
                     return Ok((Lookup::NotFound, ""));
                 };
-                let answer = match passwd.lookup(name.local()).await {
+                let answer = match passwd.lookup(&user).await {
                     Ok(passwd::Answer::Found) => {
                         Lookup::User(User { name: user, account: Account::Passwd, program: None }, None)
                     }

@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use moka::future::Cache;
-use nix::unistd::User as Entry;
+
+use crate::{inquiry::Inquiry, user::UserName};
 
 /// How long an answer is remembered. Short, so that a new account is soon known.
 const TTL: Duration = Duration::from_secs(10);
@@ -11,11 +12,12 @@ const TTL: Duration = Duration::from_secs(10);
 /// Names remembered. Strangers choose them, so there is a bound.
 const CAPACITY: u64 = 10_000;
 
-/// Look-ups by name, off the async threads, since NSS may ask the network.
+/// Look-ups by name. Each costs a process of the monitor's, so that no name is asked about twice in a while.
 #[derive(Debug)]
 pub(super) struct Passwd {
+    inquiry: Inquiry,
     min_uid: u32,
-    cache: Cache<String, Answer>,
+    cache: Cache<UserName, Answer>,
 }
 
 /// What NSS says of a name.
@@ -31,9 +33,9 @@ pub(super) enum Answer {
 
 impl Passwd {
     /// `min_uid`: users below are system accounts.
-    pub(super) fn new(min_uid: u32) -> Self {
+    pub(super) fn new(inquiry: Inquiry, min_uid: u32) -> Self {
         let cache = Cache::builder().max_capacity(CAPACITY).time_to_live(TTL).build();
-        Self { min_uid, cache }
+        Self { inquiry, min_uid, cache }
     }
 
     /// Looks a login name up; simultaneous questions about one name are asked once.
@@ -41,21 +43,18 @@ impl Passwd {
     /// # Errors
     ///
     /// Why NSS could not be asked. Not remembered.
-    pub(super) async fn lookup(&self, name: &str) -> Result<Answer, Arc<std::io::Error>> {
+    pub(super) async fn lookup(&self, name: &UserName) -> Result<Answer, Arc<std::io::Error>> {
         if let Some(answer) = self.cache.get(name).await {
             return Ok(answer);
         }
-        let min_uid = self.min_uid;
-        let owned = name.to_owned();
-        let ask = async move {
-            let entry = tokio::task::spawn_blocking(move || Entry::from_name(&owned)).await;
-            Ok(match entry.map_err(std::io::Error::other)?? {
-                Some(entry) if entry.uid.as_raw() >= min_uid => Answer::Found,
+        let ask = async {
+            Ok(match self.inquiry.uid(name.clone()).await? {
+                Some(uid) if uid >= self.min_uid => Answer::Found,
                 Some(_) => Answer::System,
                 None => Answer::NotFound,
             })
         };
-        self.cache.try_get_with(name.to_owned(), ask).await
+        self.cache.try_get_with_by_ref(name, ask).await
     }
 }
 
@@ -65,9 +64,11 @@ mod tests {
 
     #[tokio::test]
     async fn system_accounts_exist_but_are_not_judged() {
-        let passwd = Passwd::new(1000);
-        assert_eq!(passwd.lookup("root").await.unwrap(), Answer::System);
-        assert_eq!(passwd.lookup("umt-nobody-has-this-name").await.unwrap(), Answer::NotFound);
-        assert_eq!(Passwd::new(0).lookup("root").await.unwrap(), Answer::Found);
+        let name = |name: &str| UserName::try_from(name.to_owned()).unwrap();
+        let passwd = Passwd::new(Inquiry::Direct, 1000);
+        assert_eq!(passwd.lookup(&name("root")).await.unwrap(), Answer::System);
+        assert_eq!(passwd.lookup(&name("umt-nobody-has-this-name")).await.unwrap(), Answer::NotFound);
+        let everybody = Passwd::new(Inquiry::Direct, 0);
+        assert_eq!(everybody.lookup(&name("root")).await.unwrap(), Answer::Found);
     }
 }

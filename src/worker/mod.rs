@@ -4,24 +4,34 @@
 mod accept;
 mod channel;
 
-use std::{future::Future, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{future::Future, num::NonZero, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use nix::{
     sys::{
         prctl,
         resource::{Resource, getrlimit, setrlimit},
         signal::Signal,
+        stat::{Mode, umask},
     },
     unistd::{Gid, Pid, Uid, User, getgrouplist, getppid, setgroups, setresgid, setresuid},
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::{runtime::Runtime, sync::watch, time::timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 pub use accept::{Listener, Stream, accept_loop};
 pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
-use crate::{config::Config, logging::Chain, milter, pipeline::Pipeline, policy, sys};
+use crate::{
+    config::Config,
+    inquiry::Inquiry,
+    logging::Chain,
+    milter,
+    pipeline::Pipeline,
+    policy,
+    resolver::{self, Files},
+    sys,
+};
 
 /// How often files of the configuration (aliases, passwd-files) are looked at.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
@@ -46,7 +56,7 @@ pub const MISCONFIGURED: i32 = 78;
 
 /// Why a worker can't serve.
 #[derive(Debug, thiserror::Error)]
-enum WorkerError {
+pub(crate) enum WorkerError {
     #[error("{what}")]
     System { what: &'static str, source: std::io::Error },
     #[error("user {0} does not exist; create it, or set server.user to an unprivileged account")]
@@ -65,7 +75,13 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
-    in_runtime(inherited, async |inherited| serve(inherited).await.map(|()| 0))
+    in_process(inherited, |inherited| {
+        // The last files that this process opens by itself.
+        let files = Files::open(&inherited.settings);
+        // Counting processors reads files too.
+        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+        runtime(Some(threads))?.block_on(serve(inherited, files)).map(|()| 0)
+    })
 }
 
 /// The same for a worker that serves nobody: drops its privileges, then does what a command wants.
@@ -73,24 +89,23 @@ pub fn start_for_command<F>(inherited: Inherited, command: impl FnOnce(Arc<Confi
 where
     F: Future<Output = i32>,
 {
-    in_runtime(inherited, async |inherited| {
-        let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
-        monitor.ready().await.map_err(system("telling the monitor"))?;
-        let status = command(inherited.settings, Arc::clone(&monitor)).await;
-        std::mem::forget(monitor);
-        Ok(status)
+    in_process(inherited, |inherited| {
+        runtime(None)?.block_on(async {
+            let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+            monitor.ready().await.map_err(system("telling the monitor"))?;
+            let status = command(inherited.settings, Arc::clone(&monitor)).await;
+            std::mem::forget(monitor);
+            Ok(status)
+        })
     })
 }
 
-fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<i32, WorkerError>) -> i32 {
+fn in_process(inherited: Inherited, body: impl FnOnce(Inherited) -> Result<i32, WorkerError>) -> i32 {
+    // Filters open the message anew, whatever umask whoever started us has.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     // Open until the process is gone: the monitor kills a worker that closes its channel, and why would be lost.
     std::mem::forget(inherited.channel.try_clone());
-    let outcome = prepare_process(&inherited).and_then(|()| {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
-        runtime.block_on(body(inherited))
-    });
-    match outcome {
+    match prepare_process(&inherited).and_then(|()| body(inherited)) {
         Ok(status) => status,
         Err(error) => {
             error!("worker: {}", Chain(&error));
@@ -100,6 +115,14 @@ fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<
             }
         }
     }
+}
+
+fn runtime(threads: Option<usize>) -> Result<Runtime, WorkerError> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if let Some(threads) = threads {
+        builder.worker_threads(threads);
+    }
+    builder.enable_all().build().map_err(system("tokio"))
 }
 
 /// Leaves nothing of the monitor but what is needed.
@@ -117,16 +140,18 @@ fn prepare_process(inherited: &Inherited) -> Result<(), WorkerError> {
         warn!(wanted, hard, "RLIMIT_NOFILE stays at {soft}: {error}");
     }
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("setrlimit"))?;
-    if Uid::effective().is_root() {
-        drop_privileges(&inherited.settings.server.user)?;
-    }
+    drop_privileges(&inherited.settings.server.user)?;
     prctl::set_no_new_privs().map_err(system("prctl(PR_SET_NO_NEW_PRIVS)"))?;
     prctl::set_dumpable(false).map_err(system("prctl(PR_SET_DUMPABLE)"))?;
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(system("prctl(PR_SET_PDEATHSIG)"))?;
     if getppid() == inherited.monitor { Ok(()) } else { Err(WorkerError::Orphan) }
 }
 
-fn drop_privileges(name: &str) -> Result<(), WorkerError> {
+/// Becomes the worker's user for good. Without root nothing can be changed, nor is there anything to lose.
+pub(crate) fn drop_privileges(name: &str) -> Result<(), WorkerError> {
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
     let user = User::from_name(name).map_err(system("getpwnam"))?;
     let user = user.ok_or_else(|| WorkerError::NoUser(name.into()))?;
     if user.uid.is_root() {
@@ -144,12 +169,14 @@ fn drop_privileges(name: &str) -> Result<(), WorkerError> {
     if dropped { Ok(()) } else { Err(WorkerError::NotDropped) }
 }
 
-async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
+async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
     let settings = inherited.settings;
     let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
     // Transactions and policy requests under way; connections have trackers of their own.
     let transactions = TaskTracker::new();
-    let pipeline = Arc::new(Pipeline::new(Arc::clone(&settings), &monitor, transactions.clone()));
+    let inquiry = Inquiry::through(Arc::clone(&monitor), &settings);
+    let resolver = resolver::Chain::new(&settings, files, inquiry);
+    let pipeline = Arc::new(Pipeline::new(Arc::clone(&settings), &monitor, resolver, transactions.clone()));
     let drain = monitor.drain();
 
     let milter = milter::Service::new(Arc::clone(&pipeline), &settings, transactions.clone());

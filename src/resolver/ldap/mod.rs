@@ -27,6 +27,7 @@ use self::{
 use crate::{
     address::Address,
     config::{OnError, ldap::LdapConfig},
+    inquiry::Hosts,
     rules::Rules,
     user::User,
 };
@@ -135,11 +136,20 @@ impl LdapResolver {
         Self::with_timing(config, Timing::default())
     }
 
+    /// As [`LdapResolver::new`], for a process that may have to ask others where its servers are.
+    pub fn with_hosts(config: LdapConfig, hosts: Hosts) -> Self {
+        Self::with(config, hosts, Timing::default())
+    }
+
     /// As [`LdapResolver::new`], with other waits than the built-in ones, for tests that can't wait a minute.
     pub fn with_timing(config: LdapConfig, timing: Timing) -> Self {
+        Self::with(config, Hosts::direct(), timing)
+    }
+
+    fn with(config: LdapConfig, hosts: Hosts, timing: Timing) -> Self {
         let config = Arc::new(config);
         Self {
-            servers: Arc::new(Servers::new(Arc::clone(&config), timing)),
+            servers: Arc::new(Servers::new(Arc::clone(&config), hosts, timing)),
             attributes: attributes(&config),
             fresh: Cache::builder()
                 .max_capacity(config.cache_size)
