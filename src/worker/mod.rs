@@ -3,9 +3,11 @@
 
 mod accept;
 mod channel;
+mod confine;
 
 use std::{future::Future, num::NonZero, os::fd::OwnedFd, sync::Arc, time::Duration};
 
+use caps::CapSet;
 use nix::{
     sys::{
         prctl,
@@ -75,12 +77,27 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
-    in_process(inherited, |inherited| {
-        // The last files that this process opens by itself.
-        let files = Files::open(&inherited.settings);
-        // Counting processors reads files too.
-        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    // Counting processors reads files.
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    in_confined_process(inherited, |inherited, files| {
         runtime(Some(threads))?.block_on(serve(inherited, files)).map(|()| 0)
+    })
+}
+
+/// As [`start`], with something else than to serve: what a worker can't do is tested with one that tries.
+pub fn start_with(inherited: Inherited, body: impl FnOnce(Inherited) -> i32) -> i32 {
+    in_confined_process(inherited, |inherited, _| Ok(body(inherited)))
+}
+
+fn in_confined_process(
+    inherited: Inherited,
+    body: impl FnOnce(Inherited, Files) -> Result<i32, WorkerError>,
+) -> i32 {
+    in_process(inherited, |inherited| {
+        // The last files of the configuration that this process opens by itself.
+        let files = Files::open(&inherited.settings);
+        confine::confine(&inherited.settings, &files.included());
+        body(inherited, files)
     })
 }
 
@@ -159,6 +176,12 @@ pub(crate) fn drop_privileges(name: &str) -> Result<(), WorkerError> {
     }
     let c_name = std::ffi::CString::new(name).map_err(system("user name"))?;
     let groups = getgrouplist(&c_name, user.gid).map_err(system("getgrouplist"))?;
+    // While there is the right to: nothing that is executed could ever give any back.
+    for set in [CapSet::Bounding, CapSet::Inheritable] {
+        caps::clear(None, set)
+            .map_err(|e| std::io::Error::other(e.to_string()))
+            .map_err(system("capabilities"))?;
+    }
     setgroups(&groups).map_err(system("setgroups"))?;
     setresgid(user.gid, user.gid, user.gid).map_err(system("setresgid"))?;
     setresuid(user.uid, user.uid, user.uid).map_err(system("setresuid"))?;
