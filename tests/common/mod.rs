@@ -125,3 +125,11 @@ pub fn unpacked(name: &str, packages: &[&str]) -> PathBuf {
     }
     directory
 }
+
+/// The directory of the libraries in what [`unpacked`] made, which is named after the machine's architecture.
+#[track_caller]
+pub fn libraries(unpacked: &Path) -> PathBuf {
+    let entries = std::fs::read_dir(unpacked.join("usr/lib")).expect("a directory of libraries");
+    let is_library = |path: &PathBuf| path.to_string_lossy().ends_with("-linux-gnu");
+    entries.flatten().map(|entry| entry.path()).find(is_library).expect("a directory of libraries")
+}

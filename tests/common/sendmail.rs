@@ -280,15 +280,8 @@ fn unpacked() -> &'static Path {
 
 fn program(name: &str) -> Command {
     let mut command = Command::new(unpacked().join("usr/libexec/sendmail").join(name));
-    command.env("LD_LIBRARY_PATH", libraries());
+    command.env("LD_LIBRARY_PATH", super::libraries(unpacked()));
     command
-}
-
-/// The unpacked libraries' directory, which is named after the machine's architecture.
-fn libraries() -> PathBuf {
-    let entries = fs::read_dir(unpacked().join("usr/lib")).unwrap();
-    let is_library = |path: &PathBuf| path.to_string_lossy().ends_with("-linux-gnu");
-    entries.map(|entry| entry.unwrap().path()).find(is_library).expect("a directory of libraries")
 }
 
 fn sendmail_with_configuration(sandbox: &Sandbox) -> String {
@@ -301,7 +294,9 @@ fn in_namespaces(sandbox: &Sandbox, script: &str) -> Command {
     let mut command = Command::new(require("unshare"));
     let hosts = sandbox.join("etc/hosts");
     let enter = format!("hostname {HOST} && mount --bind {} /etc/hosts && {script}", hosts.display());
-    command.args(["--mount", "--uts", "sh", "-c", &enter]).env("LD_LIBRARY_PATH", libraries());
+    command
+        .args(["--mount", "--uts", "sh", "-c", &enter])
+        .env("LD_LIBRARY_PATH", super::libraries(unpacked()));
     command
 }
 
