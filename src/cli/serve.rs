@@ -8,13 +8,15 @@ use super::CONFIG;
 use crate::{
     config::Config,
     logging::{self, Chain},
-    monitor::{self, MonitorError},
+    monitor::{self, Activated, MonitorError},
     sys,
 };
 
 pub(super) fn run(config_path: Option<PathBuf>) -> ExitCode {
+    let activated = Activated::take();
+    let kept = activated.as_ref().map(Activated::descriptors).unwrap_or_default();
     // What whoever started us left open by mistake must reach neither the worker nor a user's filter.
-    if let Err(error) = sys::close_all_but(&[]) {
+    if let Err(error) = sys::close_all_but(&kept) {
         eprintln!("usermilter: cannot close inherited descriptors: {error}");
     }
     let config = match Config::load(config_path.as_deref()) {
@@ -25,7 +27,8 @@ pub(super) fn run(config_path: Option<PathBuf>) -> ExitCode {
         }
     };
     logging::start(&config.log);
-    match monitor::serve(config_path, config) {
+    let served = activated.map_err(MonitorError::from);
+    match served.and_then(|activated| monitor::serve(config_path, config, activated)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{}", Chain(&error));

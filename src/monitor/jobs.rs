@@ -112,7 +112,7 @@ impl Jobs {
         };
         let child = Child { settings, monitor: getpid(), hard_limits: &self.hard_limits };
         let (id, time_limit, forked) = match request {
-            Request::Ready => return Err(BadRequest::NoJob),
+            Request::Ready | Request::Alive => return Err(BadRequest::NoJob),
             Request::Inspect { job, user } => {
                 let report = only(descriptors)?;
                 (*job, FILES_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))

@@ -12,12 +12,14 @@ mod checks;
 mod child;
 mod guard;
 mod jobs;
+mod manager;
+mod privileges;
 mod sockets;
 mod supervise;
 mod user_log;
 mod wire;
 
-pub use sockets::BindError;
+pub use sockets::{Activated, BindError};
 pub use supervise::{MonitorError, run_once, serve, serve_with};
 pub use wire::{
     End, Event, FilterFile, Inspection, JobId, MAX_PACKET, MAX_REPORT, Malformed, Phase, Question, Refusal,

@@ -27,8 +27,10 @@ use nix::{
 use tracing::{error, info, warn};
 
 use super::{
-    BindError,
+    Activated, BindError,
     jobs::{Ended, Jobs, WorkerId},
+    manager::Manager,
+    privileges,
     sockets::{Listener, Listeners},
     wire::{Event, MAX_PACKET, Request, decode, encode},
 };
@@ -53,6 +55,15 @@ const MAX_PACKETS_AT_ONCE: usize = 64;
 const MAX_UNREAD: usize = 1024;
 /// A worker that has not left this long after its drain time is killed.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
+
+/// How often workers are asked whether they are alive; more often if the service manager is impatient, so that a worker
+/// that hangs is replaced before all of us are.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// Signs of life to the manager are this many times as rare.
+const PINGS_FOR_A_SIGN: u32 = 4;
+/// A worker that has not answered so many times in a row is killed. Counted, not timed: when the monitor itself was
+/// stopped for an hour (job control, a virtual machine), no worker is at fault.
+const MAX_UNANSWERED: u32 = 4;
 
 /// Why the monitor ends with an error.
 #[derive(Debug, thiserror::Error)]
@@ -88,8 +99,8 @@ fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
 /// # Errors
 ///
 /// [`MonitorError`] if it can't start; later trouble is logged and lived with.
-pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), MonitorError> {
-    serve_with(config_path, config, worker::start)
+pub fn serve(config_path: Option<PathBuf>, config: Config, activated: Activated) -> Result<(), MonitorError> {
+    serve_on(config_path, config, activated, worker::start)
 }
 
 /// Runs one worker to its end, without sockets, and serves its requests as those of any worker: for commands that
@@ -102,7 +113,8 @@ pub fn run_once(
     config: Config,
     run_worker: impl Fn(Inherited) -> i32 + 'static,
 ) -> Result<i32, MonitorError> {
-    let mut monitor = Monitor::start(None, config, Listeners::default(), Box::new(run_worker))?;
+    let mut monitor =
+        Monitor::start(None, config, Listeners::default(), Activated::default(), Box::new(run_worker))?;
     monitor.runs_once = true;
     monitor.run()?;
     monitor.status.ok_or(MonitorError::Worker { misconfigured: false })
@@ -118,8 +130,19 @@ pub fn serve_with(
     config: Config,
     run_worker: fn(Inherited) -> i32,
 ) -> Result<(), MonitorError> {
-    let listeners = Listeners::bind(&config.server, &Listeners::default())?;
-    Monitor::start(config_path, config, listeners, Box::new(run_worker))?.run()
+    serve_on(config_path, config, Activated::default(), run_worker)
+}
+
+fn serve_on(
+    config_path: Option<PathBuf>,
+    config: Config,
+    activated: Activated,
+    run_worker: fn(Inherited) -> i32,
+) -> Result<(), MonitorError> {
+    privileges::reduce();
+    activated.log_ignored(&config.server);
+    let listeners = Listeners::bind(&config.server, &Listeners::default(), &activated)?;
+    Monitor::start(config_path, config, listeners, activated, Box::new(run_worker))?.run()
 }
 
 fn block_signals() -> Result<SignalFd, MonitorError> {
@@ -148,6 +171,12 @@ struct Monitor {
     /// Of the worker that serves.
     settings: Arc<Config>,
     listeners: Listeners,
+    /// Sockets that no configuration can take away.
+    activated: Activated,
+    manager: Manager,
+    /// When workers are next asked whether they are alive.
+    next_ping: Instant,
+    ping_interval: Duration,
     next_id: WorkerId,
     restart: Restart,
     /// Set by SIGHUP.
@@ -182,6 +211,8 @@ struct Worker {
     ready: bool,
     /// It was sent SIGKILL: what it still says is not heard. The kernel may take its time.
     killed: bool,
+    /// How often it was asked in vain whether it is alive.
+    unanswered: u32,
     started: Instant,
     settings: Arc<Config>,
     listeners: Listeners,
@@ -203,8 +234,12 @@ impl Monitor {
         config_path: Option<PathBuf>,
         config: Config,
         listeners: Listeners,
+        activated: Activated,
         run_worker: Box<dyn Fn(Inherited) -> i32>,
     ) -> Result<Self, MonitorError> {
+        let manager = Manager::new();
+        let impatient = manager.interval().map(|interval| interval / PINGS_FOR_A_SIGN);
+        let ping_interval = impatient.map_or(PING_INTERVAL, |interval| interval.min(PING_INTERVAL));
         let mut monitor = Self {
             config_path,
             run_worker,
@@ -215,6 +250,10 @@ impl Monitor {
             workers: Vec::new(),
             settings: Arc::new(config),
             listeners,
+            activated,
+            manager,
+            next_ping: Instant::now() + ping_interval,
+            ping_interval,
             next_id: 0,
             restart: Restart { pause: BACKOFF.0, at: None },
             reload_wanted: false,
@@ -262,6 +301,8 @@ impl Monitor {
         workers
             .chain(self.jobs.next_deadline())
             .chain(self.restart.at)
+            .chain([self.next_ping])
+            .chain(self.manager.next_deadline())
             .chain(self.stopping.map(|stop| stop.at))
             .min()
     }
@@ -311,7 +352,8 @@ impl Monitor {
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
             Role::Candidate => {
-                error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was")
+                error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was");
+                self.manager.ready("serving; the new configuration could not be used");
             }
             Role::Serving if self.stopping.is_some() => (),
             Role::Serving if !self.served => {
@@ -324,6 +366,7 @@ impl Monitor {
                 }
                 error!(pid = %worker.pid, ?end, pause = ?self.restart.pause, "worker died; starting another");
                 self.restart.later();
+                self.manager.status("the worker died; starting another");
             }
         }
         Ok(())
@@ -347,9 +390,15 @@ impl Monitor {
         let Some(at) = self.workers.iter().position(|worker| worker.id == id && !worker.killed) else {
             return;
         };
+        let is_candidate = self.workers[at].role == Role::Candidate;
+        if is_candidate || !self.served {
+            self.manager.ready("serving");
+        } else {
+            self.manager.status("serving");
+        }
         self.served = true;
         let settings = Arc::clone(&self.workers[at].settings);
-        if self.workers[at].role == Role::Candidate {
+        if is_candidate {
             for worker in self.workers.iter_mut().filter(|w| w.role == Role::Serving) {
                 worker.drain(true);
             }
@@ -389,6 +438,7 @@ impl Monitor {
             warn!(pid = %worker.pid, role = ?worker.role, "worker takes too long; ending it");
             worker.kill();
         }
+        self.look_after_workers(now);
         if let Some(stop) = self.stopping {
             if self.workers.is_empty() && self.jobs.is_empty() {
                 info!("stopped");
@@ -413,6 +463,29 @@ impl Monitor {
         ControlFlow::Continue(())
     }
 
+    /// Asks workers whether they are alive, ends those that never answer, and passes the good news on.
+    fn look_after_workers(&mut self, now: Instant) {
+        if self.next_ping <= now {
+            self.next_ping = now + self.ping_interval;
+            for worker in self.workers.iter_mut().filter(|worker| worker.ready && !worker.killed) {
+                if worker.unanswered >= MAX_UNANSWERED {
+                    error!(pid = %worker.pid, role = ?worker.role, "worker does not answer; ending it");
+                    worker.kill();
+                } else {
+                    worker.unanswered += 1;
+                    worker.send(&Event::Ping);
+                }
+            }
+        }
+        // While the daemon ends it is its drain time that counts, and the manager's own limit.
+        let is_well = |worker: &Worker| worker.role == Role::Serving && worker.ready && worker.unanswered < 2;
+        if self.stopping.is_some() || self.workers.iter().any(is_well) {
+            self.manager.sign_of_life(now);
+        } else {
+            self.manager.withhold_until(self.next_ping);
+        }
+    }
+
     /// Starts a candidate with the new configuration; whatever is wrong leaves everything as it is.
     ///
     /// One at a time: a candidate may have accepted connections by the time that another SIGHUP comes, so that it
@@ -423,15 +496,17 @@ impl Monitor {
             return;
         }
         self.reload_wanted = false;
+        self.manager.reloading();
         let outcome =
             Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
-                let listeners = Listeners::bind(&config.server, &self.listeners)?;
+                let listeners = Listeners::bind(&config.server, &self.listeners, &self.activated)?;
                 self.start_worker(Arc::new(config), listeners, Role::Candidate)
             });
         match outcome {
             Ok(()) => info!("reloading: new worker started"),
             Err(error) => {
                 error!(error = %Chain(&error), "configuration not reloaded; it stays as it was");
+                self.manager.ready("serving; the new configuration has a fault");
             }
         }
     }
@@ -446,10 +521,12 @@ impl Monitor {
             return;
         }
         info!("stopping");
+        self.manager.stopping();
         let at = now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN;
         self.stopping = Some(Stop { at, killed: false });
         self.restart.at = None;
         self.listeners = Listeners::default();
+        self.activated = Activated::default();
         self.workers.iter_mut().for_each(|worker| worker.drain(false));
     }
 
@@ -485,6 +562,7 @@ impl Monitor {
             role,
             ready: false,
             killed: false,
+            unanswered: 0,
             started: Instant::now(),
             settings,
             listeners,
@@ -511,6 +589,7 @@ impl Monitor {
             self.workers.iter().flat_map(|worker| worker.listeners.all()).chain(self.listeners.all());
         let mut closed: Vec<RawFd> =
             others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
+        closed.extend(self.activated.descriptors().into_iter().filter(|fd| !kept.contains(fd)));
         closed.extend(self.workers.iter().map(|worker| worker.channel.as_raw_fd()));
         closed.extend([channel.as_raw_fd(), self.signals.as_fd().as_raw_fd(), self.jobs.guard_descriptor()]);
         closed.sort_unstable();
@@ -589,6 +668,8 @@ impl Worker {
                     return Err("ready for the second time".into());
                 }
                 *became_ready = Some(self.id);
+            } else if let Request::Alive = request {
+                self.unanswered = 0;
             } else if let Some(failed) =
                 jobs.start(self.id, &request, &received.descriptors, &self.settings)?
             {

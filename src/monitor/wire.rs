@@ -60,6 +60,8 @@ pub enum Request {
         /// What to append.
         text: String,
     },
+    /// The worker is alive: the answer to [`Event::Ping`].
+    Alive,
     /// Ask the system, as the worker's own user. Descriptor: the report pipe.
     Ask {
         /// The job.
@@ -94,6 +96,8 @@ pub enum Event {
         /// Whether to wait for open milter connections to end too, or only for transactions.
         connections: bool,
     },
+    /// Say that you are alive.
+    Ping,
     /// A job's process has ended.
     Finished {
         /// The job.

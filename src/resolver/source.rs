@@ -478,11 +478,11 @@ mod tests {
         fs::write(&path, "one\n").unwrap();
         let source = SourceFile::open(&path, lines);
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_some());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_some());
         set_age(&path, TIME_GRANULARITY + Duration::from_secs(1));
         source.refresh();
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_none());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_none());
     }
 
     #[test]
@@ -494,7 +494,7 @@ mod tests {
         file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
         let source = SourceFile::open(&path, lines);
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_none());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_none());
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch},
     time::timeout,
 };
-use tracing::error;
+use tracing::{error, warn};
 
 use crate::{
     monitor::{
@@ -406,6 +406,12 @@ impl Monitor {
                 Ok(Event::Finished { job, end, elapsed }) => {
                     if let Some(waiting) = self.waiting().remove(&job) {
                         let _ = waiting.sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
+                    }
+                }
+                // By a task of the runtime: who answers here can answer others.
+                Ok(Event::Ping) => {
+                    if let Err(error) = self.send_packet(&Request::Alive, &[]).await {
+                        warn!("the monitor can't be answered: {error}");
                     }
                 }
                 Ok(Event::Drain { connections }) => {
