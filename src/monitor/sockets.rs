@@ -28,6 +28,7 @@ use tracing::{info, warn};
 
 use crate::{
     config::{Server, SocketAddress},
+    logging::Quoted,
     sys,
 };
 
@@ -56,6 +57,8 @@ const ACTIVATED: &[&str] = &["milter", "policy"];
 #[derive(Debug, Default)]
 pub struct Activated {
     listeners: Vec<(&'static str, Rc<Listener>)>,
+    /// Names that mean nothing here.
+    unknown: Vec<String>,
 }
 
 /// A socket that can't be used.
@@ -90,7 +93,7 @@ impl Activated {
     pub fn take() -> Result<Self, BindError> {
         let unusable =
             |name: &str, descriptor, source| BindError::Activated { name: name.into(), descriptor, source };
-        let mut listeners = Vec::new();
+        let mut activated = Self::default();
         let given =
             sd_notify::listen_fds_with_names().map_err(|source| unusable("LISTEN_FDS", -1, source))?;
         for (descriptor, name) in given {
@@ -98,14 +101,13 @@ impl Activated {
                 Some(known) => {
                     let listener = Listener::activated(sys::adopt(descriptor))
                         .map_err(|source| unusable(&name, descriptor, source))?;
-                    listeners.push((*known, Rc::new(listener)));
+                    activated.listeners.push((*known, Rc::new(listener)));
                 }
-                None => {
-                    warn!(name = %name.escape_debug(), descriptor, "socket of the service manager is not used: no such interface");
-                }
+                // Whoever calls closes what is not ours.
+                None => activated.unknown.push(name),
             }
         }
-        Ok(Self { listeners })
+        Ok(activated)
     }
 
     /// Their numbers.
@@ -113,8 +115,11 @@ impl Activated {
         self.listeners.iter().map(|(_, listener)| listener.descriptor.as_raw_fd()).collect()
     }
 
-    /// What the configuration says in vain.
+    /// What the manager has made, or the configuration says, in vain.
     pub(super) fn log_ignored(&self, server: &Server) {
+        for name in &self.unknown {
+            warn!("socket {} of the service manager is not used: no such interface", Quoted(name));
+        }
         for (name, configured) in [("milter", &server.milter), ("policy", &server.policy)] {
             if self.of(name).next().is_some() && !configured.is_empty() {
                 info!("server.{name} is not used: the service manager has made the sockets");

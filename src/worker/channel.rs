@@ -22,7 +22,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch},
     time::timeout,
 };
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use crate::{
     monitor::{
@@ -274,6 +274,7 @@ impl Monitor {
     }
 
     async fn ask(&self, question: Question) -> Result<(Report, Vec<u8>), InspectError> {
+        debug!(?question, "asking the system");
         let limit = match question {
             Question::File(_) => MAX_REPORT_LENGTH + MAX_SIZE as usize,
             Question::Uid(_) | Question::Host { .. } => MAX_REPORT_LENGTH,
