@@ -12,7 +12,7 @@
 //!                                                 fork ─► become the user ─► check ─► exec
 //! ```
 //!
-//! * [`cli`], [`config`], [`logging`]: what starts it;
+//! * [`cli`], [`config`], [`logging`]: what starts it; [`metrics`] and [`status`]: what those see who watch;
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`inquiry`], [`user`]: who a recipient is;
@@ -30,6 +30,7 @@ pub mod filter;
 pub mod holdings;
 pub mod inquiry;
 pub mod logging;
+pub mod metrics;
 pub mod milter;
 pub mod monitor;
 pub mod pipeline;
@@ -41,6 +42,7 @@ pub mod resolver;
 pub mod rules;
 pub mod ruling;
 pub mod spool;
+pub mod status;
 pub mod sys;
 pub mod trace_headers;
 pub mod transaction;

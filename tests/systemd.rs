@@ -128,7 +128,7 @@ fn the_manager_is_told_of_start_reload_failed_reload_and_end() {
     daemon.reload();
     assert!(manager.next().starts_with("RELOADING=1\n"));
     let ready = manager.next();
-    assert!(ready.starts_with("READY=1\n") && ready.contains("fault"), "{ready}");
+    assert!(ready.starts_with("READY=1\n") && ready.contains("could not"), "{ready}");
 
     // A worker that can't come up is found out only when it has tried: its user is unknown.
     daemon.write_config(&config.replace("\"nobody\"", "\"umt-nobody-has-this-name\""));

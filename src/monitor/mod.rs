@@ -11,6 +11,7 @@ mod answer;
 mod checks;
 mod child;
 mod guard;
+mod history;
 mod jobs;
 mod manager;
 mod privileges;
@@ -19,6 +20,7 @@ mod supervise;
 mod user_log;
 mod wire;
 
+pub use history::{History, Incident};
 pub use sockets::{Activated, BindError};
 pub use supervise::{MonitorError, run_once, serve, serve_with};
 pub use wire::{

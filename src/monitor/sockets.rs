@@ -6,7 +6,7 @@ use std::{
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::{
-            fs::{FileTypeExt, MetadataExt, lchown},
+            fs::{DirBuilderExt, FileTypeExt, MetadataExt, lchown},
             net::{UnixListener, UnixStream},
         },
     },
@@ -27,8 +27,8 @@ use nix::{
 use tracing::{info, warn};
 
 use crate::{
-    config::{Server, SocketAddress},
-    logging::Quoted,
+    config::{DEFAULT_CONTROL, FileMode, Server, SocketAddress},
+    logging::{Chain, Quoted},
     sys,
 };
 
@@ -46,11 +46,13 @@ pub(super) struct Listener {
 pub(super) struct Listeners {
     pub(super) milter: Vec<Rc<Listener>>,
     pub(super) policy: Vec<Rc<Listener>>,
+    pub(super) metrics: Vec<Rc<Listener>>,
+    pub(super) control: Vec<Rc<Listener>>,
 }
 
 /// Interfaces that a service manager may have made sockets for, by the names that it gives them (systemd.socket(5),
 /// `FileDescriptorName=`).
-const ACTIVATED: &[&str] = &["milter", "policy"];
+const ACTIVATED: &[&str] = &["milter", "policy", "metrics", "control"];
 
 /// Sockets that were there before us (sd_listen_fds(3)). They take the place of what the configuration would bind for
 /// their interface, and are nobody's to remove.
@@ -120,11 +122,27 @@ impl Activated {
         for name in &self.unknown {
             warn!("socket {} of the service manager is not used: no such interface", Quoted(name));
         }
-        for (name, configured) in [("milter", &server.milter), ("policy", &server.policy)] {
-            if self.of(name).next().is_some() && !configured.is_empty() {
+        let configured = [
+            ("milter", !server.milter.is_empty()),
+            ("policy", !server.policy.is_empty()),
+            ("metrics", server.metrics.is_some()),
+            ("control", server.control.0.is_some()),
+        ];
+        for (name, is_configured) in configured {
+            if is_configured && self.of(name).next().is_some() {
                 info!("server.{name} is not used: the service manager has made the sockets");
             }
         }
+    }
+
+    /// The sockets of an interface, if there are any, or else what is bound for it.
+    fn or(
+        &self,
+        interface: &str,
+        bind: impl FnOnce() -> Result<Vec<Rc<Listener>>, BindError>,
+    ) -> Result<Vec<Rc<Listener>>, BindError> {
+        let given: Vec<_> = self.of(interface).cloned().collect();
+        if given.is_empty() { bind() } else { Ok(given) }
     }
 
     fn of(&self, interface: &str) -> impl Iterator<Item = &Rc<Listener>> {
@@ -136,26 +154,39 @@ impl Listeners {
     /// Takes what the service manager has made, and for other interfaces binds what the configuration wants and
     /// `existing` does not have yet.
     pub(super) fn bind(server: &Server, existing: &Self, activated: &Activated) -> Result<Self, BindError> {
-        let get = |address: &SocketAddress| match existing.all().find(|l| &l.address == address) {
+        let get_with = |address: &SocketAddress, mode| match existing.all().find(|l| &l.address == address) {
             Some(listener) => Ok(Rc::clone(listener)),
-            None => Listener::bind(address, server)
+            None => Listener::bind(address, server, mode)
                 .map(Rc::new)
                 .map_err(|source| BindError::Bind { address: address.clone(), source }),
         };
-        let interface = |name: &str, configured: &[SocketAddress]| {
-            let given: Vec<_> = activated.of(name).cloned().collect();
-            if given.is_empty() { configured.iter().map(get).collect() } else { Ok(given) }
+        let get = |address: &SocketAddress| get_with(address, server.socket_mode);
+        let get_control = |path: &PathBuf| {
+            // It tells who gets mail at this moment, which is nobody's business who merely hands mail over.
+            let mode = FileMode(server.socket_mode.0 & !0o007);
+            match get_with(&SocketAddress::Unix(path.clone()), mode) {
+                // Nobody has asked for the default: a second daemon, or one without root, does without it.
+                Err(error) if path == Path::new(DEFAULT_CONTROL) => {
+                    if nix::unistd::geteuid().is_root() {
+                        warn!("no control socket: {}", Chain(&error));
+                    }
+                    None
+                }
+                bound => Some(bound),
+            }
         };
         Ok(Self {
-            milter: interface("milter", &server.milter)?,
-            policy: interface("policy", &server.policy)?,
+            milter: activated.or("milter", || server.milter.iter().map(get).collect())?,
+            policy: activated.or("policy", || server.policy.iter().map(get).collect())?,
+            metrics: activated.or("metrics", || server.metrics.iter().map(get).collect())?,
+            control: activated.or("control", || server.control.0.iter().filter_map(get_control).collect())?,
         })
     }
 }
 
 impl Listeners {
     pub(super) fn all(&self) -> impl Iterator<Item = &Rc<Listener>> {
-        self.milter.iter().chain(&self.policy)
+        self.milter.iter().chain(&self.policy).chain(&self.metrics).chain(&self.control)
     }
 }
 
@@ -186,7 +217,7 @@ impl Listener {
         Ok(Self { address, descriptor, identity: None })
     }
 
-    fn bind(address: &SocketAddress, server: &Server) -> io::Result<Self> {
+    fn bind(address: &SocketAddress, server: &Server, mode: FileMode) -> io::Result<Self> {
         match address {
             SocketAddress::Inet(inet) => {
                 let listener = TcpListener::bind(inet)?;
@@ -202,8 +233,11 @@ impl Listener {
                         .map(Some)?,
                     None => None,
                 };
+                if path == Path::new(DEFAULT_CONTROL) {
+                    make_parent(path)?;
+                }
                 remove_stale(path)?;
-                let listener = listen_on(path, Mode::from_bits_truncate(server.socket_mode.0))?;
+                let listener = listen_on(path, Mode::from_bits_truncate(mode.0))?;
                 if let Some(group) = group {
                     lchown(path, None, Some(group.gid.as_raw()))?;
                 }
@@ -241,6 +275,15 @@ fn listen_on(path: &Path, mode: Mode) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// What systemd or tmpfiles.d make, where the daemon is started without them.
+fn make_parent(path: &Path) -> io::Result<()> {
+    let Some(parent) = path.parent() else { return Ok(()) };
+    match fs::DirBuilder::new().mode(0o755).create(parent) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Removes a socket that a process left behind; one that somebody serves is left alone.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
@@ -268,13 +311,14 @@ mod tests {
         let address = SocketAddress::Unix(path.clone());
         let server = Server::default();
         drop(UnixListener::bind(&path).unwrap());
-        let listener = Listener::bind(&address, &server).unwrap();
+        let bind = || Listener::bind(&address, &server, server.socket_mode);
+        let listener = bind().unwrap();
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o660);
-        assert!(Listener::bind(&address, &server).is_err());
+        assert!(bind().is_err());
         drop(listener);
         assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
-        assert!(Listener::bind(&address, &server).is_err());
+        assert!(bind().is_err());
         assert!(path.exists());
     }
 }

@@ -98,6 +98,11 @@ pub enum Event {
     },
     /// Say that you are alive.
     Ping,
+    /// A new configuration could not be used; everything stays as it was.
+    ReloadFailed {
+        /// Why, cut to less than a kilobyte.
+        error: String,
+    },
     /// A job's process has ended.
     Finished {
         /// The job.

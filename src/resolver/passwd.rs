@@ -1,10 +1,15 @@
 //! The host's users, as NSS knows them (nsswitch.conf(5), getpwnam(3)).
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use moka::future::Cache;
 
 use crate::{inquiry::Inquiry, user::UserName};
+
+use crate::metrics::{AnswerSource, Histogram};
 
 /// How long an answer is remembered. Short, so that a new account is soon known.
 const TTL: Duration = Duration::from_secs(10);
@@ -17,6 +22,7 @@ const CAPACITY: u64 = 10_000;
 pub(super) struct Passwd {
     inquiry: Inquiry,
     min_uid: u32,
+    latency: Histogram,
     cache: Cache<UserName, Answer>,
 }
 
@@ -32,10 +38,10 @@ pub(super) enum Answer {
 }
 
 impl Passwd {
-    /// `min_uid`: users below are system accounts.
-    pub(super) fn new(inquiry: Inquiry, min_uid: u32) -> Self {
+    /// `min_uid`: users below are system accounts. `latency`: how long NSS takes is counted there.
+    pub(super) fn new(inquiry: Inquiry, min_uid: u32, latency: Histogram) -> Self {
         let cache = Cache::builder().max_capacity(CAPACITY).time_to_live(TTL).build();
-        Self { inquiry, min_uid, cache }
+        Self { inquiry, min_uid, latency, cache }
     }
 
     /// Looks a login name up; simultaneous questions about one name are asked once.
@@ -43,18 +49,25 @@ impl Passwd {
     /// # Errors
     ///
     /// Why NSS could not be asked. Not remembered.
-    pub(super) async fn lookup(&self, name: &UserName) -> Result<Answer, Arc<std::io::Error>> {
+    pub(super) async fn lookup(
+        &self,
+        name: &UserName,
+    ) -> Result<(Answer, AnswerSource), Arc<std::io::Error>> {
         if let Some(answer) = self.cache.get(name).await {
-            return Ok(answer);
+            return Ok((answer, AnswerSource::Cache));
         }
         let ask = async {
-            Ok(match self.inquiry.uid(name.clone()).await? {
+            let started = Instant::now();
+            let uid = self.inquiry.uid(name.clone()).await;
+            self.latency.observe(started.elapsed());
+            Ok(match uid? {
                 Some(uid) if uid >= self.min_uid => Answer::Found,
                 Some(_) => Answer::System,
                 None => Answer::NotFound,
             })
         };
-        self.cache.try_get_with_by_ref(name, ask).await
+        let answer = self.cache.try_get_with_by_ref(name, ask).await?;
+        Ok((answer, AnswerSource::Asked))
     }
 }
 
@@ -65,10 +78,15 @@ mod tests {
     #[tokio::test]
     async fn system_accounts_exist_but_are_not_judged() {
         let name = |name: &str| UserName::try_from(name.to_owned()).unwrap();
-        let passwd = Passwd::new(Inquiry::Direct, 1000);
-        assert_eq!(passwd.lookup(&name("root")).await.unwrap(), Answer::System);
-        assert_eq!(passwd.lookup(&name("umt-nobody-has-this-name")).await.unwrap(), Answer::NotFound);
-        let everybody = Passwd::new(Inquiry::Direct, 0);
-        assert_eq!(everybody.lookup(&name("root")).await.unwrap(), Answer::Found);
+        let latency = Histogram::default();
+        let passwd = Passwd::new(Inquiry::Direct, 1000, latency.clone());
+        let root = name("root");
+        assert_eq!(passwd.lookup(&root).await.unwrap(), (Answer::System, AnswerSource::Asked));
+        assert_eq!(passwd.lookup(&root).await.unwrap(), (Answer::System, AnswerSource::Cache));
+        let nobody = passwd.lookup(&name("umt-nobody-has-this-name")).await.unwrap();
+        assert_eq!(nobody, (Answer::NotFound, AnswerSource::Asked));
+        assert_eq!(latency.percentiles().count, 2);
+        let passwd = Passwd::new(Inquiry::Direct, 0, Histogram::default());
+        assert_eq!(passwd.lookup(&root).await.unwrap().0, Answer::Found);
     }
 }

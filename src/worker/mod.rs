@@ -4,8 +4,14 @@
 mod accept;
 mod channel;
 mod confine;
+mod http;
 
-use std::{future::Future, num::NonZero, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use caps::CapSet;
 use nix::{
@@ -28,7 +34,9 @@ use crate::{
     config::Config,
     inquiry::Inquiry,
     logging::Chain,
+    metrics::{Metrics, Service},
     milter,
+    monitor::History,
     pipeline::Pipeline,
     policy,
     resolver::{self, Files},
@@ -51,6 +59,12 @@ pub struct Inherited {
     pub milter: Vec<OwnedFd>,
     /// Listening sockets of the policy interface.
     pub policy: Vec<OwnedFd>,
+    /// Listening sockets for `/metrics` and health checks.
+    pub metrics: Vec<OwnedFd>,
+    /// Listening sockets for `usermilter status`.
+    pub control: Vec<OwnedFd>,
+    /// What happened before.
+    pub history: History,
 }
 
 /// Exit status of a worker whose configuration can't be used: EX_CONFIG of sysexits.h.
@@ -77,10 +91,9 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
-    // Counting processors reads files.
-    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = threads();
     in_confined_process(inherited, |inherited, files| {
-        runtime(Some(threads))?.block_on(serve(inherited, files)).map(|()| 0)
+        runtime(threads)?.block_on(serve(inherited, files)).map(|()| 0)
     })
 }
 
@@ -107,8 +120,9 @@ where
     F: Future<Output = i32>,
 {
     in_process(inherited, |inherited| {
-        runtime(None)?.block_on(async {
-            let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+        runtime(threads())?.block_on(async {
+            let monitor = Monitor::new(inherited.channel, inherited.history)
+                .map_err(system("channel to the monitor"))?;
             monitor.ready().await.map_err(system("telling the monitor"))?;
             let status = command(inherited.settings, Arc::clone(&monitor)).await;
             std::mem::forget(monitor);
@@ -134,12 +148,16 @@ fn in_process(inherited: Inherited, body: impl FnOnce(Inherited) -> Result<i32, 
     }
 }
 
-fn runtime(threads: Option<usize>) -> Result<Runtime, WorkerError> {
+fn runtime(threads: usize) -> Result<Runtime, WorkerError> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    if let Some(threads) = threads {
-        builder.worker_threads(threads);
-    }
-    builder.enable_all().build().map_err(system("tokio"))
+    builder.worker_threads(threads).enable_all().build().map_err(system("tokio"))
+}
+
+/// Half as many as there are processors: the MTA and the filters, for whom the others are, use more of them than the worker
+/// does, and each message that one thread hands to another costs two system calls. Counting them reads files, which a
+/// confined process can't.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
 }
 
 /// Leaves nothing of the monitor but what is needed.
@@ -194,12 +212,16 @@ pub(crate) fn drop_privileges(name: &str) -> Result<(), WorkerError> {
 
 async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
     let settings = inherited.settings;
-    let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+    let monitor =
+        Monitor::new(inherited.channel, inherited.history).map_err(system("channel to the monitor"))?;
     // Transactions and policy requests under way; connections have trackers of their own.
     let transactions = TaskTracker::new();
+    let metrics = Arc::new(Metrics::new(&settings, monitor.history()));
     let inquiry = Inquiry::through(Arc::clone(&monitor), &settings);
-    let resolver = resolver::Chain::new(&settings, files, inquiry);
-    let pipeline = Arc::new(Pipeline::new(Arc::clone(&settings), &monitor, resolver, transactions.clone()));
+    let resolver = resolver::Chain::new(&settings, files, inquiry, &metrics.resolvers);
+    let pipeline =
+        Pipeline::new(Arc::clone(&settings), &monitor, resolver, transactions.clone(), Arc::clone(&metrics));
+    let pipeline = Arc::new(pipeline);
     let drain = monitor.drain();
 
     let milter = milter::Service::new(Arc::clone(&pipeline), &settings, transactions.clone());
@@ -211,20 +233,44 @@ async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
         |sockets: Vec<OwnedFd>| sockets.into_iter().map(Listener::new).collect::<Result<Vec<_>, _>>();
     let milter_listeners = listeners(inherited.milter).map_err(system("milter socket"))?;
     let policy_listeners = listeners(inherited.policy).map_err(system("policy socket"))?;
+    let metrics_listeners = listeners(inherited.metrics).map_err(system("metrics socket"))?;
+    let control_listeners = listeners(inherited.control).map_err(system("control socket"))?;
     // Nothing can fail from here on: no connection is accepted that would be lost with a worker that is not wanted.
     monitor.ready().await.map_err(system("telling the monitor"))?;
     let mut acceptors = Vec::new();
     for listener in milter_listeners {
         let (service, tracker) = (milter.clone(), milter_connections.clone());
-        acceptors.push(tokio::spawn(accept_loop(listener, "milter", limit, tracker, move |stream| {
-            service.clone().serve(stream)
-        })));
+        let counted = metrics.connections.of(Service::Milter).clone();
+        let serve = move |stream| service.clone().serve(stream);
+        let accept = accept_loop(listener, Service::Milter, limit, tracker, counted, serve);
+        acceptors.push(tokio::spawn(accept));
     }
     for listener in policy_listeners {
         let (service, tracker, drain) = (Arc::clone(&policy), policy_connections.clone(), drain.clone());
-        acceptors.push(tokio::spawn(accept_loop(listener, "policy", limit, tracker, move |stream| {
-            policy::serve(Arc::clone(&service), stream, drain.clone())
-        })));
+        let counted = metrics.connections.of(Service::Policy).clone();
+        let serve = move |stream| policy::serve(Arc::clone(&service), stream, drain.clone());
+        let accept = accept_loop(listener, Service::Policy, limit, tracker, counted, serve);
+        acceptors.push(tokio::spawn(accept));
+    }
+    let watched = Arc::new(http::Watched {
+        pipeline: Arc::clone(&pipeline),
+        settings: Arc::clone(&settings),
+        history: monitor.history(),
+        drain: drain.clone(),
+        monitor: inherited.monitor,
+        started: SystemTime::now(),
+    });
+    let mut watchers = Vec::new();
+    let watching = [TaskTracker::new(), TaskTracker::new()];
+    let sockets = [(Service::Metrics, metrics_listeners), (Service::Control, control_listeners)];
+    for ((service, listeners), tracker) in sockets.into_iter().zip(&watching) {
+        for listener in listeners {
+            let (watched, counted) = (Arc::clone(&watched), metrics.connections.of(service).clone());
+            let serve = move |stream| http::serve(Arc::clone(&watched), service, stream);
+            let tracker = tracker.clone();
+            let accept = accept_loop(listener, service, http::MAX_CONNECTIONS, tracker, counted, serve);
+            watchers.push(tokio::spawn(accept));
+        }
     }
     tokio::spawn(refresh(Arc::clone(&pipeline)));
 
@@ -233,6 +279,10 @@ async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
     acceptors.iter().for_each(tokio::task::JoinHandle::abort);
     for acceptor in acceptors {
         let _ = acceptor.await;
+    }
+    // With another worker in place, it is that one's turn; else whoever watches can go on until the end.
+    if mode.connections {
+        watchers.iter().for_each(tokio::task::JoinHandle::abort);
     }
     for tracker in [&transactions, &milter_connections, &policy_connections] {
         tracker.close();
@@ -253,7 +303,16 @@ async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
         warn!(transactions = transactions.len(), "drain time is over; leaving");
     }
     milter.close().await;
-    let _ = timeout(Duration::from_secs(1), milter_connections.wait()).await;
+    // Nor is anybody left without an answer who asked before the next worker was there.
+    watchers.iter().for_each(tokio::task::JoinHandle::abort);
+    let finish = async {
+        milter_connections.wait().await;
+        for connections in &watching {
+            connections.close();
+            connections.wait().await;
+        }
+    };
+    let _ = timeout(Duration::from_secs(1), finish).await;
     Ok(())
 }
 
