@@ -9,14 +9,14 @@ use nix::{
 };
 
 use super::{
-    child::{NOT_RUN, check_pipe, refused},
+    child::{NOT_RUN, keep_only, refused},
     wire::{self, Question, Refusal, Report},
 };
 use crate::{config::Config, inquiry, logging::Chain, worker};
 
 /// Answers, in a process just forked from `monitor`. Returns the exit status.
 pub(super) fn answer(question: &Question, config: &Config, monitor: Pid, report: &OwnedFd) -> i32 {
-    if check_pipe("report", report).is_err() {
+    if keep_only(report).is_err() {
         return NOT_RUN;
     }
     let answer = become_worker(config, monitor).and_then(|()| find_out(question, config));

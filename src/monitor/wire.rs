@@ -5,7 +5,7 @@
 
 use std::{net::IpAddr, path::PathBuf};
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     resolver::source::Identity,
@@ -22,9 +22,10 @@ pub const MAX_REPORT: usize = 32 << 20;
 /// Number by which worker and monitor speak of one job.
 pub type JobId = u32;
 
-/// The table of requests: all that a worker can ask of the monitor.
+/// The table of requests: all that a worker can ask of the monitor. Long texts stay where they are, in the packet or the
+/// transaction: what a process allocates before it forks, it pays for with page faults after.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Request {
+pub enum Request<'a> {
     /// The worker serves; whoever served before may drain.
     Ready,
     /// Find out what a user has. Descriptor: the report pipe.
@@ -34,8 +35,8 @@ pub enum Request {
         /// Of whom.
         user: User,
     },
-    /// Run a user's filter. Descriptors: the message ([`Phase::Message`] only), standard output, standard error,
-    /// the report pipe.
+    /// Run a user's filter. Descriptors: the message ([`Phase::Message`] only), standard output, standard error. For a
+    /// filter that is not run ([`End::NotRun`]) the child's report is on standard output.
     Run {
         /// The job.
         job: JobId,
@@ -44,9 +45,9 @@ pub enum Request {
         /// Which of the filters.
         phase: Phase,
         /// The extension of the address, if any.
-        extension: Option<String>,
+        extension: Option<&'a str>,
         /// Values of the environment.
-        variables: Vec<(Variable, String)>,
+        variables: Vec<(Variable, &'a str)>,
         /// Time limit, in milliseconds; the configuration's limit holds if it is shorter.
         time_limit: u64,
     },
@@ -58,7 +59,7 @@ pub enum Request {
         /// Whose log.
         user: User,
         /// What to append.
-        text: String,
+        text: &'a str,
     },
     /// The worker is alive: the answer to [`Event::Ping`].
     Alive,
@@ -119,6 +120,8 @@ pub enum Event {
 pub enum End {
     /// With this status.
     Exited(i32),
+    /// Before it became the filter: there is a report instead.
+    NotRun,
     /// By this signal.
     Signaled(i32),
     /// By us, because its time was up.
@@ -315,7 +318,7 @@ pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, Malformed> {
 /// # Errors
 ///
 /// [`Malformed`]
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
+pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Malformed> {
     match decode_first(bytes)? {
         (message, []) => Ok(message),
         _ => Err(Malformed { length: bytes.len(), source: postcard::Error::DeserializeBadEncoding }),
@@ -327,7 +330,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
 /// # Errors
 ///
 /// [`Malformed`]
-pub fn decode_first<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8]), Malformed> {
+pub fn decode_first<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(T, &'a [u8]), Malformed> {
     postcard::take_from_bytes(bytes).map_err(|source| Malformed { length: bytes.len(), source })
 }
 

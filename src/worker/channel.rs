@@ -30,6 +30,7 @@ use crate::{
         Report, Request, Variable,
     },
     resolver::source::{MAX_SIZE, Reading},
+    shares::Shares,
     sys,
     user::{User, UserName},
 };
@@ -62,9 +63,6 @@ pub(super) const MAX_OUTPUT: usize = 32 * 1024;
 /// Bytes kept of a filter's standard error.
 pub(super) const MAX_ERROR_OUTPUT: usize = 16 * 1024;
 
-/// Bytes kept of a filter's report, which is a refusal.
-const MAX_REFUSAL: usize = 8 * 1024;
-
 /// Longest answer to a question, without a file's text.
 const MAX_REPORT_LENGTH: usize = 64 * 1024;
 
@@ -81,19 +79,41 @@ pub struct Monitor {
     socket: AsyncFd<OwnedFd>,
     waiting: Mutex<HashMap<JobId, Waiting>>,
     next_job: AtomicU32,
-    inspections: Arc<Semaphore>,
-    log_entries: Arc<Semaphore>,
+    inspections: Limit,
+    log_entries: Limit,
     questions: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
 }
 
-/// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
+/// Jobs that only touch files, under way at a time: one for each user, since a home that hangs must not keep others
+/// waiting, and not too many in all.
+#[derive(Debug)]
+struct Limit {
+    all: Arc<Semaphore>,
+    shares: Shares,
+}
+
+impl Limit {
+    fn new(all: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(all)), shares: Shares::new(1) }
+    }
+
+    /// The user's own permit first: whoever waits for it must not hold one of everybody's.
+    async fn take(&self, user: &User) -> Permits {
+        let own = self.shares.take(&user.name).await;
+        [own, Arc::clone(&self.all).acquire_owned().await.ok()]
+    }
+}
+
+type Permits = [Option<OwnedSemaphorePermit>; 2];
+
+/// Who waits for a job, and the permits that one for files takes until the monitor has reaped it, even if nobody waits
 /// any more: a worker that starts more than it may is ended. A filter is waited for to its end.
 #[derive(Debug)]
 struct Waiting {
     sender: oneshot::Sender<Ended>,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permits: Permits,
 }
 
 /// How a job ended.
@@ -190,8 +210,8 @@ impl Monitor {
             socket: sys::watch(socket)?,
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
-            inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
-            log_entries: Arc::new(Semaphore::new(MAX_LOG_ENTRIES)),
+            inspections: Limit::new(MAX_INSPECTIONS),
+            log_entries: Limit::new(MAX_LOG_ENTRIES),
             questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
@@ -224,7 +244,7 @@ impl Monitor {
     /// [`InspectError`]
     pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
         let request = |job| Request::Inspect { job, user: user.clone() };
-        let bytes = self.ask_child(&self.inspections, MAX_REPORT, request).await?;
+        let bytes = self.ask_about_files(&self.inspections, user, request).await?;
         match monitor::decode(&bytes) {
             Ok(Report::Inspection(inspection)) => Ok(inspection),
             Ok(other) => Err(other.into()),
@@ -238,8 +258,8 @@ impl Monitor {
     ///
     /// [`InspectError`]
     pub async fn append_to_log(&self, user: &User, text: String) -> Result<(), InspectError> {
-        let request = |job| Request::Log { job, user: user.clone(), text };
-        let bytes = self.ask_child(&self.log_entries, MAX_REPORT, request).await?;
+        let request = |job| Request::Log { job, user: user.clone(), text: &text };
+        let bytes = self.ask_about_files(&self.log_entries, user, request).await?;
         match &bytes[..] {
             [] => Ok(()),
             bytes => match monitor::decode(bytes) {
@@ -291,7 +311,10 @@ impl Monitor {
             Question::File(_) => MAX_REPORT_LENGTH + MAX_SIZE as usize,
             Question::Uid(_) | Question::Host { .. } => MAX_REPORT_LENGTH,
         };
-        let answer = self.ask_child(&self.questions, limit, |job| Request::Ask { job, question });
+        let answer = async {
+            let permit = Arc::clone(&self.questions).acquire_owned().await.ok();
+            self.ask_child([None, permit], limit, |job| Request::Ask { job, question }).await
+        };
         let mut bytes = timeout(QUESTION_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
         let (report, rest) = monitor::decode_first(&bytes).map_err(|_| InspectError::NoAnswer)?;
         let head = bytes.len() - rest.len();
@@ -299,16 +322,27 @@ impl Monitor {
         Ok((report, bytes))
     }
 
-    /// Has a job done by a child that only reports, and returns the report.
-    async fn ask_child(
+    /// Has a job done that only touches a few files of a user's, and returns its report.
+    async fn ask_about_files<'a>(
         &self,
-        limit: &Arc<Semaphore>,
-        max_report: usize,
-        request: impl FnOnce(JobId) -> Request,
+        limit: &Limit,
+        user: &User,
+        request: impl FnOnce(JobId) -> Request<'a>,
     ) -> Result<Vec<u8>, InspectError> {
-        let permit = Arc::clone(limit).acquire_owned().await.map_err(io::Error::other)?;
+        let permits = timeout(FILES_TIME_LIMIT, limit.take(user)).await;
+        let permits = permits.map_err(|_| InspectError::NoAnswer)?;
+        self.ask_child(permits, MAX_REPORT, request).await
+    }
+
+    /// Has a job done by a child that only reports, and returns the report.
+    async fn ask_child<'a>(
+        &self,
+        permits: Permits,
+        max_report: usize,
+        request: impl FnOnce(JobId) -> Request<'a>,
+    ) -> Result<Vec<u8>, InspectError> {
         let (report, theirs) = report_pipe()?;
-        let (job, ended) = self.new_job(Some(permit));
+        let (job, ended) = self.new_job(permits);
         self.send(job, &request(job), &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
@@ -328,17 +362,18 @@ impl Monitor {
     ///
     /// If the monitor can't be asked.
     pub async fn run(&self, request: RunRequest) -> io::Result<Finished> {
-        let (mut refusal, their_report) = Capture::new(MAX_REFUSAL)?;
         let (mut output, their_output) = Capture::new(MAX_OUTPUT)?;
         let (mut error_output, their_error_output) = Capture::new(MAX_ERROR_OUTPUT)?;
         let RunRequest { user, phase, extension, variables, time_limit, message } = request;
-        let (job, mut ended) = self.new_job(None);
+        let (job, mut ended) = self.new_job(Permits::default());
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
+        let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
+        let extension = extension.as_deref();
         let packet = Request::Run { job, user, phase, extension, variables, time_limit };
         let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
-        descriptors.extend([&their_output, &their_error_output, &their_report]);
+        descriptors.extend([&their_output, &their_error_output]);
         self.send(job, &packet, &descriptors).await?;
-        drop((message, their_output, their_error_output, their_report));
+        drop((message, their_output, their_error_output));
 
         let ended = match timeout(FIRST_LOOK, &mut ended).await {
             Ok(ended) => ended,
@@ -354,23 +389,22 @@ impl Monitor {
             }
         };
         let ended = ended.map_err(io::Error::other)?;
-        for capture in [&mut output, &mut error_output, &mut refusal] {
-            capture.fill_now();
-        }
-        let refusal = match &refusal.bytes[..] {
-            [] => None,
-            bytes => match monitor::decode(bytes) {
+        output.fill_now();
+        error_output.fill_now();
+        let refusal = match ended.end {
+            End::NotRun => match monitor::decode(&std::mem::take(&mut output.bytes)) {
                 Ok(Report::Refusal(refusal)) => Some(refusal),
                 _ => Some(Refusal::Check("unreadable report".into())),
             },
+            _ => None,
         };
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
 
-    fn new_job(&self, permit: Option<OwnedSemaphorePermit>) -> (JobId, oneshot::Receiver<Ended>) {
+    fn new_job(&self, permits: Permits) -> (JobId, oneshot::Receiver<Ended>) {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
-        self.waiting().insert(id, Waiting { sender, _permit: permit });
+        self.waiting().insert(id, Waiting { sender, _permits: permits });
         (id, receiver)
     }
 
@@ -379,7 +413,7 @@ impl Monitor {
     }
 
     /// Sends a request for a job, of which nothing will be heard if that fails.
-    async fn send(&self, job: JobId, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send(&self, job: JobId, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let sent = self.send_packet(request, descriptors).await;
         if sent.is_err() {
             self.waiting().remove(&job);
@@ -387,7 +421,7 @@ impl Monitor {
         sent
     }
 
-    async fn send_packet(&self, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send_packet(&self, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let packet = monitor::encode(request).map_err(io::Error::other)?;
         if packet.len() > MAX_PACKET {
             return Err(io::Error::other("request is too long for the monitor"));

@@ -33,7 +33,7 @@ pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 use crate::{
     config::Config,
     inquiry::Inquiry,
-    logging::Chain,
+    logging::{Chain, tell_lost},
     metrics::{Metrics, Service},
     milter,
     monitor::History,
@@ -43,8 +43,8 @@ use crate::{
     sys,
 };
 
-/// How often files of the configuration (aliases, passwd-files) are looked at.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often files of the configuration (aliases, passwd-files) are looked at. A change in place takes two looks.
+const REFRESH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What the worker has from the monitor.
 #[derive(Debug)]
@@ -322,6 +322,7 @@ async fn refresh(pipeline: Arc<Pipeline>) {
         tokio::time::sleep(REFRESH_INTERVAL).await;
         let pipeline = Arc::clone(&pipeline);
         let _ = tokio::task::spawn_blocking(move || pipeline.refresh()).await;
+        tell_lost();
     }
 }
 
