@@ -115,10 +115,11 @@ impl Pipeline {
     ) -> Recipient {
         let started = Instant::now();
         let mut recipient = self.judge_recipient(envelope, argument).await;
-        if matches!(recipient.known(), None | Some(Opinion::Accept)) {
-            self.split(&mut recipient, first);
+        let mut known = recipient.known();
+        if self.splits() && matches!(known, None | Some(Opinion::Accept)) {
+            Self::split(&mut recipient, first);
+            known = recipient.known();
         }
-        let known = recipient.known();
         self.metrics.recipients.of((envelope.interface, known.as_ref().into())).inc();
         // A policy client asks no more about a recipient; what a milter asks about the message is counted at its end.
         let refused = matches!(known, Some(Opinion::Reject(_) | Opinion::Defer(_)));
@@ -161,10 +162,7 @@ impl Pipeline {
     }
 
     /// Puts a recipient off that would be judged by another filter than the transaction's first.
-    fn split(&self, recipient: &mut Recipient, first: &mut Option<FilterSet>) {
-        if !self.splits() {
-            return;
-        }
+    fn split(recipient: &mut Recipient, first: &mut Option<FilterSet>) {
         let filters = recipient.filters();
         match first {
             None => *first = Some(filters),
