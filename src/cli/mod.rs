@@ -2,10 +2,12 @@
 
 mod check;
 mod completions;
+mod dashboard;
 mod init;
 mod output;
 mod resolve;
 mod serve;
+mod status;
 mod try_out;
 
 use std::{future::Future, path::PathBuf, process::ExitCode, rc::Rc, sync::Arc};
@@ -22,6 +24,8 @@ use crate::{
 
 /// EX_USAGE of sysexits.h.
 const USAGE: u8 = 64;
+/// EX_UNAVAILABLE of sysexits.h.
+const UNAVAILABLE: u8 = 69;
 /// EX_SOFTWARE of sysexits.h.
 const SOFTWARE: u8 = 70;
 /// EX_CANTCREAT of sysexits.h.
@@ -67,6 +71,7 @@ enum Command {
     Resolve(resolve::Arguments),
     Try(try_out::Arguments),
     Init(init::Arguments),
+    Status(status::Arguments),
     Completions(completions::Arguments),
 }
 
@@ -160,6 +165,7 @@ pub fn run() -> ExitCode {
         Command::Resolve(arguments) => resolve::run(arguments),
         Command::Try(arguments) => try_out::run(arguments),
         Command::Init(arguments) => init::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments, Arguments::command()),
     }
 }

@@ -74,9 +74,11 @@ mod tests {
 
     #[tokio::test]
     async fn system_accounts_exist_but_are_not_judged() {
-        let passwd = Passwd::new(1000);
-        assert_eq!(passwd.lookup("root").await.unwrap(), Answer::System);
-        assert_eq!(passwd.lookup("umt-nobody-has-this-name").await.unwrap(), Answer::NotFound);
-        assert_eq!(Passwd::new(0).lookup("root").await.unwrap(), Answer::Found);
+        let latency = Histogram::default();
+        let passwd = Passwd::new(1000, latency.clone());
+        assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Asked));
+        assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Cache));
+        assert_eq!(passwd.lookup("umt-nobody-has-this-name").await.unwrap().0, Answer::NotFound);
+        assert_eq!(Passwd::new(0, latency).lookup("root").await.unwrap().0, Answer::Found);
     }
 }

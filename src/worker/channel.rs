@@ -471,7 +471,7 @@ mod tests {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        let monitor = Monitor::unheard(ours).unwrap();
+        let monitor = Monitor::unheard(ours, History::new(None)).unwrap();
         monitor.ready().await.unwrap();
         drop(theirs);
         assert!(timeout(Duration::from_millis(50), monitor.ready()).await.is_err(), "an answer from nobody");

@@ -101,8 +101,9 @@ impl Watched {
         refused
     }
 
+    /// Whether the daemon is about to end. A worker that leaves to another still answers who asked before.
     fn is_draining(&self) -> bool {
-        self.drain.borrow().is_some()
+        self.drain.borrow().is_some_and(|drain| !drain.connections)
     }
 
     fn status(&self) -> Status {

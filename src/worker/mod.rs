@@ -213,12 +213,13 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
         started: SystemTime::now(),
     });
     let mut watchers = Vec::new();
+    let watching = [TaskTracker::new(), TaskTracker::new()];
     let sockets = [(Service::Metrics, metrics_listeners), (Service::Control, control_listeners)];
-    for (service, listeners) in sockets {
+    for ((service, listeners), tracker) in sockets.into_iter().zip(&watching) {
         for listener in listeners {
             let (watched, counted) = (Arc::clone(&watched), metrics.connections.of(service).clone());
             let serve = move |stream| http::serve(Arc::clone(&watched), service, stream);
-            let tracker = TaskTracker::new();
+            let tracker = tracker.clone();
             let accept = accept_loop(listener, service, http::MAX_CONNECTIONS, tracker, counted, serve);
             watchers.push(tokio::spawn(accept));
         }
@@ -254,7 +255,16 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
         warn!(transactions = transactions.len(), "drain time is over; leaving");
     }
     milter.close().await;
-    let _ = timeout(Duration::from_secs(1), milter_connections.wait()).await;
+    // Nor is anybody left without an answer who asked before the next worker was there.
+    watchers.iter().for_each(tokio::task::JoinHandle::abort);
+    let finish = async {
+        milter_connections.wait().await;
+        for connections in &watching {
+            connections.close();
+            connections.wait().await;
+        }
+    };
+    let _ = timeout(Duration::from_secs(1), finish).await;
     Ok(())
 }
 
