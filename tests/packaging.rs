@@ -84,10 +84,11 @@ impl PrivateRoot {
 
     fn run(&self, command: &str, arguments: &[&str]) -> Output {
         let mut nsenter = Command::new(require("nsenter"));
-        nsenter.args(["--target", &self.init.to_string(), "--mount", "--pid", "--root", "--wd=/"]);
+        nsenter.args(["--target", &self.init.to_string(), "--mount", "--pid", "--root"]);
         nsenter.args([
             "env",
             "-i",
+            "--chdir=/",
             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "LC_ALL=C",
         ]);
