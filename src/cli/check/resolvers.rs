@@ -11,7 +11,8 @@ use crate::{
         Config, Filter, PasswdConfig, ResolverConfig,
         ldap::{Bind, LdapConfig, LdapUri},
     },
-    resolver::passwd_file::{Entry, PasswdFile},
+    resolver::passwd_file::PasswdFile,
+    user::Account,
 };
 
 pub(super) fn check(config: &Config, warnings: &mut Warnings) {
@@ -81,8 +82,8 @@ impl<'a> Earlier<'a> {
         for problem in file.problems().iter() {
             warnings.add_at(&key, path, problem.line, &problem.message);
         }
-        for (line, entry) in file.entries() {
-            let name = entry.name.to_lowercase();
+        for (line, user) in file.users() {
+            let name = user.name.as_str().to_lowercase();
             let host_user = || User::from_name(&name).ok().flatten();
             if let Some(first) = self.files.get(&name).filter(|first| **first != number) {
                 let message =
@@ -97,7 +98,7 @@ impl<'a> Earlier<'a> {
                 );
                 warnings.add_at(&key, path, line, message);
             }
-            if let Some(problem) = forbidden(&entry, filter) {
+            if let Some(problem) = forbidden(&user.account, filter) {
                 warnings.add_at(&key, path, line, format!("no filter runs as {name}: {problem}"));
             }
             self.files.entry(name).or_insert(number);
@@ -122,18 +123,15 @@ impl<'a> Earlier<'a> {
 }
 
 /// Why the monitor would not run a filter as this user (`child.rs` decides; this is to say so before).
-fn forbidden(entry: &Entry, filter: &Filter) -> Option<String> {
+fn forbidden(account: &Account, filter: &Filter) -> Option<String> {
+    let Account::Virtual { uid, gid, home } = account else { return None };
     let ids = filter.virtual_uids;
-    if entry.uid < filter.min_uid {
-        Some(format!("uid {} is below filter.min-uid, {}", entry.uid, filter.min_uid))
-    } else if !(ids.contains(entry.uid) && ids.contains(entry.gid)) {
-        Some(format!(
-            "uid {} or gid {} is outside filter.virtual-uids, [{}, {}]",
-            entry.uid, entry.gid, ids.first, ids.last
-        ))
-    } else if !filter.virtual_homes.iter().any(|homes| entry.home.starts_with(homes) && entry.home != *homes)
-    {
-        Some(format!("home {} is outside filter.virtual-homes", entry.home.display()))
+    if *uid < filter.min_uid {
+        Some(format!("uid {uid} is below filter.min-uid, {}", filter.min_uid))
+    } else if !(ids.contains(*uid) && ids.contains(*gid)) {
+        Some(format!("uid {uid} or gid {gid} is outside filter.virtual-uids, [{}, {}]", ids.first, ids.last))
+    } else if !filter.virtual_homes.iter().any(|homes| home.starts_with(homes) && home != homes) {
+        Some(format!("home {} is outside filter.virtual-homes", home.display()))
     } else {
         None
     }
