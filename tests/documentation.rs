@@ -554,9 +554,9 @@ fn tests_that_documents_name_exist() {
         for word in text.split('`').skip(1).step_by(2) {
             let sentence = word.matches('_').count() >= 3
                 && word.chars().all(|c| c == '_' || c.is_ascii_lowercase() || c.is_ascii_digit());
-            // Parameters of Postfix and OpenLDAP look alike.
+            // Parameters of Postfix and OpenLDAP look alike, and names of metrics.
             if sentence
-                && !["milter_", "smtpd_", "lmtp_", "max_", "tls_"]
+                && !["milter_", "smtpd_", "lmtp_", "max_", "tls_", "usermilter_"]
                     .iter()
                     .any(|prefix| word.starts_with(prefix))
             {
@@ -592,10 +592,8 @@ fn every_dependency_has_its_reason() {
     let text = read("docs/dependencies.md");
     let rows = |text: &str| -> BTreeSet<String> {
         let cells = text.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" | "));
-        cells
-            .map(|(name, _)| name.to_owned())
-            .filter(|name| !["crate", "---"].contains(&name.as_str()))
-            .collect()
+        let names = cells.flat_map(|(names, _)| names.split(", ")).map(str::to_owned);
+        names.filter(|name| !["crate", "---"].contains(&name.as_str())).collect()
     };
     let (program, tests) = text.split_once("For tests only").unwrap();
     assert_eq!(rows(program), dependencies("dependencies"));

@@ -251,7 +251,7 @@ fn without_a_daemon_it_says_where_it_looked_and_what_to_do() {
     let config = sandbox.write("off.toml", "[server]\ncontrol = \"off\"\n");
     let (code, _, stderr) = run(&["--config", config.to_str().unwrap()]);
     assert!(code == 69 && stderr.contains("server.control is"), "{stderr}");
-    let config = sandbox.write("here.toml", &format!("[server]\ncontrol = \"unix:{path}\"\n"));
+    let config = sandbox.write("here.toml", format!("[server]\ncontrol = \"unix:{path}\"\n"));
     let (code, _, stderr) = run(&["--config", config.to_str().unwrap(), "--watch=0"]);
     assert!(code == 64 && stderr.contains("--watch"), "{stderr}");
     let (code, _, stderr) = run(&["--config", config.to_str().unwrap()]);

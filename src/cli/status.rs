@@ -28,8 +28,8 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 const MAX_LENGTH: usize = 16 << 20;
 
 const HELP: &str = "\
-The daemon is asked on its control socket, server.control of the configuration, which is open to root and to the \
-group of the socket. Counts are since the worker started, which is anew after each reload; rates are averages over that \
+The daemon is asked on its control socket, server.control of the configuration, which is open to root and to the
+group of the socket. Counts are since the worker started, which is anew after each reload; rates are averages over that
 time, or with --watch over the time between two looks.
 
 Examples:
@@ -41,6 +41,7 @@ Exit status:
    0  shown
   64  wrong usage
   69  no daemon can be reached, or it does not let you
+  70  trouble of ours
   78  the configuration has a fault";
 
 /// Show what the running daemon is doing: mail, filters, connections, resolvers, and what went wrong.
