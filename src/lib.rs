@@ -18,7 +18,7 @@
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
 //! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it
-//!   is asked; [`answers`]: what they have just said;
+//!   is asked; [`shares`]: how much of it at a time; [`answers`]: what they have just said;
 //! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`], [`user_log`]: what comes of it.
 
 pub mod address;
@@ -41,6 +41,7 @@ pub mod reply;
 pub mod resolver;
 pub mod rules;
 pub mod ruling;
+pub mod shares;
 pub mod spelling;
 pub mod spool;
 pub mod status;

@@ -53,6 +53,7 @@ pub(super) fn run(arguments: Arguments) -> ExitCode {
             return ExitCode::from(CONFIG);
         }
     };
+    logging::never_wait();
     logging::start(&config.log);
     match monitor::serve(config_path, config) {
         Ok(()) => ExitCode::SUCCESS,
