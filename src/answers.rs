@@ -130,7 +130,7 @@ mod tests {
     use super::*;
     use crate::{
         address::Sender,
-        recipient::Decision,
+        recipient::{Decision, Source},
         transaction::Client,
         user::{Account, UserName},
         verdict::Opinion,
@@ -155,7 +155,7 @@ mod tests {
     }
 
     fn ruled(by: &str) -> Ruled {
-        let decision = Decision { opinion: Opinion::Accept, by: by.into() };
+        let decision = Decision { opinion: Opinion::Accept, by: by.into(), source: Source::Rules };
         Ruled { decision: Some(decision), waits_for_size: false }
     }
 

@@ -8,11 +8,11 @@ use crate::{
     environment::{self, Subject},
     filter::Answer,
     monitor::{Phase, Variable},
-    recipient::{Decision, Judge, Recipient, combine},
+    recipient::{Decision, Judge, Recipient, Source, combine},
     rules::{Mixed, Rules},
     ruling,
     transaction::Envelope,
-    verdict::{self, Opinion},
+    verdict::{self, Opinion, Said},
 };
 
 /// All seats and polls of a transaction.
@@ -69,7 +69,7 @@ impl<'a> Ballot<'a> {
         for (n, recipient) in recipients.iter().enumerate() {
             let by_site = match (site.rules, &recipient.address) {
                 (Some(rules), Some(address)) if recipient.site_waits_for_size => {
-                    ruling::decide(rules, "site ", envelope, address, Some(size)).decision
+                    ruling::decide(rules, Source::Site, envelope, address, Some(size)).decision
                 }
                 _ => None,
             };
@@ -86,7 +86,8 @@ impl<'a> Ballot<'a> {
         // Rules that look at the size were asked with what the client declared; now it is known.
         if let (true, Some(rules), Some(address)) =
             (judge.waits_for_size, &judge.holdings.rules, &self.recipients[n].address)
-            && let Some(decision) = ruling::decide(rules, "", envelope, address, Some(size)).decision
+            && let Some(decision) =
+                ruling::decide(rules, Source::Rules, envelope, address, Some(size)).decision
         {
             return Seat::Decided(decision);
         }
@@ -94,7 +95,11 @@ impl<'a> Ballot<'a> {
             return Seat::Decided(decision.clone());
         }
         let Some(filter) = judge.message_filter() else {
-            return Seat::Decided(Decision { opinion: Opinion::Accept, by: "no filter".into() });
+            return Seat::Decided(Decision {
+                opinion: Opinion::Accept,
+                by: "no filter".into(),
+                source: Source::Nothing,
+            });
         };
         let known = self.polls.iter().position(|p| p.judge.user == judge.user && p.filter == filter);
         let index = known.unwrap_or_else(|| {
@@ -171,10 +176,7 @@ impl<'a> Ballot<'a> {
     }
 
     fn opinions(&self) -> Vec<Option<Opinion>> {
-        let of_recipient = |seats: &Vec<Seat>| {
-            let opinions: Vec<_> = seats.iter().map(|seat| self.opinion_of_seat(seat)).collect();
-            combine(&opinions)
-        };
+        let of_recipient = |seats: &Vec<Seat>| combine(seats.iter().map(|seat| self.opinion_of_seat(seat)));
         self.seats.iter().map(of_recipient).collect()
     }
 
@@ -206,18 +208,28 @@ impl<'a> Ballot<'a> {
 
     fn told_by(&self, poll: &'a Poll<'a>) -> Told<'a> {
         let filter = poll.filter;
-        let (verdict, by, opinion, error_output) = match &poll.state {
+        let (said, by, opinion, error_output) = match &poll.state {
             PollState::Answered(answer) => {
-                let verdict = if answer.is_error { "error" } else { answer.opinion.verdict().as_str() };
+                let said = if answer.is_error() { Said::Error } else { answer.opinion.verdict().into() };
                 let by = format!("{filter}: {}, {:.3}s", answer.status, answer.elapsed.as_secs_f64());
-                (verdict, by, Some(&answer.opinion), answer.error_output.as_str())
+                (said, by, Some(&answer.opinion), answer.error_output.as_str())
             }
-            PollState::NotNeeded | PollState::Skipped => ("not-asked", filter.to_owned(), None, ""),
-            PollState::GivenUp(opinion) => ("error", format!("{filter}: no answer"), Some(opinion), ""),
-            PollState::Waiting => ("error", format!("{filter}: no answer"), None, ""),
+            PollState::NotNeeded | PollState::Skipped => (Said::NotAsked, filter.to_owned(), None, ""),
+            PollState::GivenUp(opinion) => (Said::Error, format!("{filter}: no answer"), Some(opinion), ""),
+            PollState::Waiting => (Said::Error, format!("{filter}: no answer"), None, ""),
         };
         let recipients = poll.recipients.iter().map(|n| &self.recipients[*n]).collect();
-        Told { judge: Some(poll.judge), recipients, filter: Some(filter), verdict, by, opinion, error_output }
+        let source = Source::MessageFilter;
+        Told {
+            judge: Some(poll.judge),
+            recipients,
+            filter: Some(filter),
+            said,
+            source,
+            by,
+            opinion,
+            error_output,
+        }
     }
 
     /// For the log: each user's verdict, how it came about, and how long it took.
@@ -234,8 +246,10 @@ pub struct Told<'a> {
     pub recipients: Vec<&'a Recipient>,
     /// The filter that was to be asked.
     pub filter: Option<&'a str>,
-    /// The word for the log: a verdict, `error` or `not-asked`.
-    pub verdict: &'static str,
+    /// What.
+    pub said: Said,
+    /// What it comes from, in one word.
+    pub source: Source,
     /// What it comes from.
     pub by: String,
     /// The opinion, if there is one.
@@ -247,25 +261,34 @@ pub struct Told<'a> {
 impl<'a> Told<'a> {
     /// What was known before the message was seen.
     pub fn decided(recipient: &'a Recipient, judge: Option<&'a Judge>, decision: &'a Decision) -> Self {
-        let verdict = decision.opinion.verdict().as_str();
+        let (said, source) = (decision.opinion.verdict().into(), decision.source);
         let (by, opinion) = (decision.by.clone(), Some(&decision.opinion));
-        Self { judge, recipients: vec![recipient], filter: None, verdict, by, opinion, error_output: "" }
+        Self { judge, recipients: vec![recipient], filter: None, said, source, by, opinion, error_output: "" }
     }
 
     /// What there is to tell of a user who was not, or not yet, asked about the message.
     pub fn before_message(recipient: &'a Recipient, judge: &'a Judge) -> Self {
-        let (verdict, by) = match (&judge.decided, judge.message_filter()) {
+        let by = match (&judge.decided, judge.message_filter()) {
             (Some(decision), _) => return Self::decided(recipient, Some(judge), decision),
-            (None, Some(filter)) => ("not-asked", filter.to_owned()),
-            (None, None) => ("accept", "no filter".to_owned()),
+            (None, Some(filter)) => filter.to_owned(),
+            (None, None) => "no filter".to_owned(),
         };
-        let (judge, recipients) = (Some(judge), vec![recipient]);
-        Self { judge, recipients, filter: None, verdict, by, opinion: None, error_output: "" }
+        let ((said, source), recipients) = (judge.said(), vec![recipient]);
+        Self {
+            judge: Some(judge),
+            recipients,
+            filter: None,
+            said,
+            source,
+            by,
+            opinion: None,
+            error_output: "",
+        }
     }
 
     /// For the log, as `alice=reject (rule 2)`.
     pub fn line(&self) -> String {
         let user = self.judge.map_or("-", |judge| judge.user.name.as_str());
-        format!("{user}={} ({})", self.verdict, self.by)
+        format!("{user}={} ({})", self.said.as_str(), self.by)
     }
 }

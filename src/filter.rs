@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
+    metrics::{FilterMetrics, OneMore, RunningFilter},
     monitor::{End, Phase, Refusal, Variable},
     reply::Reply,
     spool::Message,
@@ -49,6 +50,51 @@ impl Meaning {
     }
 }
 
+/// How asking a filter ended, in one word of a few.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerKind {
+    /// A documented exit status that accepts.
+    Accept,
+    /// One that rejects.
+    Reject,
+    /// One that defers.
+    Defer,
+    /// There was no filter any more, which accepts.
+    Gone,
+    /// An exit status that means nothing. This one and the rest are filter errors.
+    ExitStatus,
+    /// Death by a signal.
+    Signal,
+    /// It took too long.
+    Timeout,
+    /// The system would not execute it, or a check failed.
+    NotExecutable,
+    /// Our own trouble, or there was no room before the deadline.
+    NotStarted,
+}
+
+impl AnswerKind {
+    /// The word used in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accept => "accept",
+            Self::Reject => "reject",
+            Self::Defer => "defer",
+            Self::Gone => "gone",
+            Self::ExitStatus => "exit-status",
+            Self::Signal => "signal",
+            Self::Timeout => "timeout",
+            Self::NotExecutable => "not-executable",
+            Self::NotStarted => "not-started",
+        }
+    }
+
+    /// Whether `on-error` applies.
+    pub fn is_error(self) -> bool {
+        !matches!(self, Self::Accept | Self::Reject | Self::Defer | Self::Gone)
+    }
+}
+
 /// What a filter said.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -58,14 +104,21 @@ pub struct Answer {
     pub is_final: bool,
     /// For the log: `exit 77`, `signal 9`, `timeout`, or why it was not run.
     pub status: String,
-    /// Whether it was a filter error.
-    pub is_error: bool,
+    /// The same in one word.
+    pub kind: AnswerKind,
     /// How long it ran.
     pub elapsed: Duration,
     /// What it wrote to standard output.
     pub output: String,
     /// What it wrote to standard error.
     pub error_output: String,
+}
+
+impl Answer {
+    /// Whether it was a filter error.
+    pub fn is_error(&self) -> bool {
+        self.kind.is_error()
+    }
 }
 
 /// A filter to be asked.
@@ -76,6 +129,8 @@ pub struct Question<'a> {
     pub phase: Phase,
     /// Extension of the address.
     pub extension: Option<&'a str>,
+    /// The MTA's name for the mail.
+    pub queue_id: &'a str,
     /// Environment, without what is known only when the filter starts.
     pub variables: Vec<(Variable, String)>,
     /// The message, in [`Phase::Message`].
@@ -100,13 +155,14 @@ pub struct Filters {
     settings: config::Filter,
     all: Arc<Semaphore>,
     by_user: Mutex<HashMap<UserName, Weak<Semaphore>>>,
+    metrics: FilterMetrics,
 }
 
 impl Filters {
     /// For a worker.
-    pub fn new(monitor: Arc<Monitor>, settings: config::Filter) -> Self {
+    pub fn new(monitor: Arc<Monitor>, settings: config::Filter, metrics: FilterMetrics) -> Self {
         let all = Arc::new(Semaphore::new(settings.max_processes));
-        Self { monitor, settings, all, by_user: Mutex::default() }
+        Self { monitor, settings, all, by_user: Mutex::default(), metrics }
     }
 
     /// Asks a filter when there is room for it. `None` if `not_needed` was cancelled before it could start.
@@ -118,16 +174,27 @@ impl Filters {
         question: Question<'_>,
         not_needed: &CancellationToken,
     ) -> Option<(Answer, Room)> {
+        let (came, waiting) = (Instant::now(), OneMore::of(&self.metrics.waiting));
         let room = tokio::select! {
             biased;
             () = not_needed.cancelled() => return None,
-            () = tokio::time::sleep_until(question.deadline.into()) => {
-                let answer = self.error("not started before the deadline".into(), Duration::ZERO);
-                return Some((answer, Room::default()));
-            }
-            room = self.room(question.user) => room,
+            () = tokio::time::sleep_until(question.deadline.into()) => None,
+            room = self.room(question.user) => Some(room),
         };
-        Some((self.run(&question).await, room))
+        drop(waiting);
+        self.metrics.queue_time.of(question.phase).observe(came.elapsed());
+        let (answer, room) = match room {
+            Some(room) => (self.run(&question).await, room),
+            None => {
+                let why = "not started before the deadline".into();
+                (self.error(AnswerKind::NotStarted, why, Duration::ZERO), Room::default())
+            }
+        };
+        self.metrics.answers.of((question.phase, answer.kind)).inc();
+        if !answer.elapsed.is_zero() {
+            self.metrics.run_time.of(question.phase).observe(answer.elapsed);
+        }
+        Some((answer, room))
     }
 
     /// The user's own permit first: whoever waits for it must not hold one of everybody's.
@@ -153,8 +220,17 @@ impl Filters {
         let time_limit = left.min(self.settings.timeout.0);
         let message = match question.message.map(Message::open).transpose() {
             Ok(message) => message,
-            Err(error) => return self.error(format!("cannot open the message: {error}"), Duration::ZERO),
+            Err(error) => {
+                let why = format!("cannot open the message: {error}");
+                return self.error(AnswerKind::NotStarted, why, Duration::ZERO);
+            }
         };
+        let _running = self.metrics.running.enter(RunningFilter {
+            user: question.user.name.as_str().to_owned(),
+            phase: question.phase.as_str(),
+            queue_id: question.queue_id.to_owned(),
+            started: Instant::now(),
+        });
         let mut variables = question.variables.clone();
         variables.push((Variable::Deadline, time_limit.as_secs().to_string()));
         let request = RunRequest {
@@ -167,7 +243,9 @@ impl Filters {
         };
         match self.monitor.run(request).await {
             Ok(finished) => self.judge(&finished, question.smtputf8),
-            Err(error) => self.error(format!("cannot be run: {error}"), Duration::ZERO),
+            Err(error) => {
+                self.error(AnswerKind::NotStarted, format!("cannot be run: {error}"), Duration::ZERO)
+            }
         }
     }
 
@@ -184,48 +262,54 @@ impl Filters {
             None => (),
             // Gone since the user was inspected: as if there had been none.
             Some(Refusal::NoFilter | Refusal::NoUser) => {
-                return accepted("filter is gone".into(), elapsed);
+                return Answer { kind: AnswerKind::Gone, ..accepted("filter is gone".into(), elapsed) };
             }
-            Some(Refusal::Check(why)) => return self.error(format!("not run: {why}"), elapsed),
+            Some(Refusal::Check(why)) => {
+                return self.error(AnswerKind::NotExecutable, format!("not run: {why}"), elapsed);
+            }
         }
         let status = match finished.ended.end {
             End::Exited(status) => status,
             End::Signaled(signal) => {
                 let name = nix::sys::signal::Signal::try_from(signal).map_or("unknown", |s| s.as_str());
-                return self.error(format!("killed by {name}"), elapsed);
+                return self.error(AnswerKind::Signal, format!("killed by {name}"), elapsed);
             }
             End::TimedOut => {
-                return self.error("timed out".into(), elapsed);
+                return self.error(AnswerKind::Timeout, "timed out".into(), elapsed);
             }
-            End::NotRun => return self.error("not run".into(), elapsed),
+            End::NotRun => return self.error(AnswerKind::NotExecutable, "not run".into(), elapsed),
             End::NotStarted(errno) => {
                 let why = nix::errno::Errno::from_raw(errno).desc();
-                return self.error(format!("not started: {why}"), elapsed);
+                return self.error(AnswerKind::NotStarted, format!("not started: {why}"), elapsed);
             }
         };
         let overridden = u8::try_from(status).ok().and_then(|s| self.settings.exit_status.get(&s));
         let meaning =
             overridden.map_or_else(|| Meaning::of_status(status), |verdict| Meaning::Verdict(*verdict));
-        let opinion = match meaning {
-            Meaning::Error => return self.error(format!("exit {status}"), elapsed),
-            Meaning::AcceptFinally | Meaning::Verdict(Verdict::Accept) => Opinion::Accept,
+        let (opinion, kind) = match meaning {
+            Meaning::Error => {
+                return self.error(AnswerKind::ExitStatus, format!("exit {status}"), elapsed);
+            }
+            Meaning::AcceptFinally | Meaning::Verdict(Verdict::Accept) => {
+                (Opinion::Accept, AnswerKind::Accept)
+            }
             Meaning::Verdict(Verdict::Reject) => {
-                Opinion::Reject(Reply::from_text(Verdict::Reject, text, smtputf8))
+                (Opinion::Reject(Reply::from_text(Verdict::Reject, text, smtputf8)), AnswerKind::Reject)
             }
             Meaning::Verdict(Verdict::Defer) => {
-                Opinion::Defer(Reply::from_text(Verdict::Defer, text, smtputf8))
+                (Opinion::Defer(Reply::from_text(Verdict::Defer, text, smtputf8)), AnswerKind::Defer)
             }
         };
         let is_final = meaning == Meaning::AcceptFinally;
-        Answer { opinion, is_final, ..accepted(format!("exit {status}"), elapsed) }
+        Answer { opinion, is_final, kind, ..accepted(format!("exit {status}"), elapsed) }
     }
 
-    fn error(&self, why: String, elapsed: Duration) -> Answer {
+    fn error(&self, kind: AnswerKind, why: String, elapsed: Duration) -> Answer {
         let opinion = match self.settings.on_error.verdict() {
             Verdict::Defer => Opinion::Defer(Reply::trouble()),
             verdict => Opinion::plain(verdict),
         };
-        Answer { opinion, is_error: true, ..accepted(why, elapsed) }
+        Answer { opinion, kind, ..accepted(why, elapsed) }
     }
 }
 
@@ -234,7 +318,7 @@ fn accepted(status: String, elapsed: Duration) -> Answer {
         opinion: Opinion::Accept,
         is_final: false,
         status,
-        is_error: false,
+        kind: AnswerKind::Accept,
         elapsed,
         output: String::new(),
         error_output: String::new(),

@@ -12,7 +12,7 @@
 //!                                                 fork ─► become the user ─► check ─► exec
 //! ```
 //!
-//! * [`cli`], [`config`], [`logging`]: what starts it;
+//! * [`cli`], [`config`], [`logging`]: what starts it; [`metrics`] and [`status`]: what those see who watch;
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
@@ -29,6 +29,7 @@ pub mod environment;
 pub mod filter;
 pub mod holdings;
 pub mod logging;
+pub mod metrics;
 pub mod milter;
 pub mod monitor;
 pub mod pipeline;
@@ -40,6 +41,7 @@ pub mod resolver;
 pub mod rules;
 pub mod ruling;
 pub mod spool;
+pub mod status;
 pub mod sys;
 pub mod trace_headers;
 pub mod transaction;

@@ -19,15 +19,16 @@ use crate::{
     filter::{Answer, Filters, Question, Room},
     holdings::Inspector,
     logging::{Chain, Quoted},
+    metrics::Metrics,
     monitor::Phase,
-    recipient::{Decision, FilterSet, Judge, Recipient, Standing},
+    recipient::{Decision, FilterSet, Judge, Recipient, Source, Standing},
     record::{self, Record},
     reply::Reply,
-    resolver,
+    resolver::{self, ldap::ServerState},
     rules::{Mixed, Rules},
     ruling::{self, Ruled},
     spool::Message,
-    transaction::{Client, Envelope, RecipientArgument},
+    transaction::{Client, Envelope, Interface, RecipientArgument},
     user_log::UserLog,
     verdict::{self, Opinion},
     worker::{InspectError, Monitor},
@@ -45,6 +46,7 @@ pub struct Pipeline {
     filters: Arc<Filters>,
     answers: Answers,
     user_log: UserLog,
+    metrics: Arc<Metrics>,
     /// What must be finished before the worker may leave.
     tracker: TaskTracker,
 }
@@ -75,16 +77,29 @@ impl Outcome {
 
 impl Pipeline {
     /// For a worker. `tracker`: gets the tasks that outlive a transaction.
-    pub fn new(settings: Arc<Config>, monitor: &Arc<Monitor>, tracker: TaskTracker) -> Self {
+    pub fn new(
+        settings: Arc<Config>,
+        monitor: &Arc<Monitor>,
+        tracker: TaskTracker,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let filters = Filters::new(Arc::clone(monitor), settings.filter.clone(), metrics.filters.clone());
+        let user_log = UserLog::new(Arc::clone(monitor), tracker.clone(), metrics.user_log_failures.clone());
         Self {
-            resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients),
+            resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients, &metrics.resolvers),
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
-            filters: Arc::new(Filters::new(Arc::clone(monitor), settings.filter.clone())),
+            filters: Arc::new(filters),
             answers: Answers::new(),
-            user_log: UserLog::new(Arc::clone(monitor), tracker.clone()),
+            user_log,
+            metrics,
             settings,
             tracker,
         }
+    }
+
+    /// Whether recipients are put off who would be judged by other filters than the transaction's first.
+    pub fn splits(&self) -> bool {
+        self.settings.verdicts.split == Split::Always
     }
 
     /// RCPT TO: finds out who decides about a recipient, and what they say without seeing the message.
@@ -102,11 +117,37 @@ impl Pipeline {
         if matches!(recipient.known(), None | Some(Opinion::Accept)) {
             self.split(&mut recipient, first);
         }
-        if let Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) = recipient.known() {
+        let known = recipient.known();
+        self.metrics.recipients.of((envelope.interface, known.as_ref().into())).inc();
+        // A policy client asks no more about a recipient; what a milter asks about the message is counted at its end.
+        let refused = matches!(known, Some(Opinion::Reject(_) | Opinion::Defer(_)));
+        if refused || envelope.interface == Interface::Policy {
+            self.count_verdicts(envelope, &recipient);
+        }
+        if let Some(opinion @ (Opinion::Reject(_) | Opinion::Defer(_))) = known {
             record::refused_recipient(envelope, &recipient, &opinion, started);
             self.tell_users(envelope, std::slice::from_ref(&recipient), &opinion);
         }
         recipient
+    }
+
+    /// Counts what is known before the message.
+    fn count_verdicts(&self, envelope: &Envelope, recipient: &Recipient) {
+        let verdicts = &self.metrics.verdicts;
+        for judge in recipient.judges() {
+            verdicts.of((envelope.interface, judge.said())).inc();
+        }
+        if let Standing::Refused(decision) = &recipient.standing {
+            verdicts.of((envelope.interface, (decision.opinion.verdict().into(), decision.source))).inc();
+        }
+    }
+
+    /// Counts a transaction, and what was said of its message.
+    fn count(&self, envelope: &Envelope, outcome: &Opinion, told: &[Told<'_>]) {
+        self.metrics.transactions.of(outcome.verdict().into()).inc();
+        for told in told {
+            self.metrics.verdicts.of((envelope.interface, (told.said, told.source))).inc();
+        }
     }
 
     /// Tells users, in their own logs, what became of verdicts that were known before the message.
@@ -120,7 +161,7 @@ impl Pipeline {
 
     /// Puts a recipient off that would be judged by another filter than the transaction's first.
     fn split(&self, recipient: &mut Recipient, first: &mut Option<FilterSet>) {
-        if self.settings.verdicts.split == Split::Never {
+        if !self.splits() {
             return;
         }
         let filters = recipient.filters();
@@ -129,7 +170,8 @@ impl Pipeline {
             Some(first) if *first == filters => (),
             Some(_) => {
                 let opinion = Opinion::Defer(Reply::one_filter_at_a_time());
-                recipient.standing = Standing::Refused(Decision { opinion, by: "split".into() });
+                recipient.standing =
+                    Standing::Refused(Decision { opinion, by: "split".into(), source: Source::Split });
             }
         }
     }
@@ -164,10 +206,10 @@ impl Pipeline {
         let argument = &recipient.argument;
         let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
         if let Some(rules) = self.site_rules().filter(|_| is_local || self.resolver.is_our_domain(address)) {
-            let ruled = ruling::decide(rules, "site ", envelope, address, envelope.declared_size);
+            let ruled = ruling::decide(rules, Source::Site, envelope, address, envelope.declared_size);
             recipient.site_waits_for_size = ruled.waits_for_size;
             match ruled.decision {
-                Some(Decision { opinion: Opinion::Accept, by }) => return Standing::Unjudged(by),
+                Some(Decision { opinion: Opinion::Accept, by, .. }) => return Standing::Unjudged(by),
                 Some(decision) => return Standing::Refused(decision.in_words_for(envelope)),
                 None => (),
             }
@@ -184,7 +226,8 @@ impl Pipeline {
                 Unknown::Pass => Standing::Unjudged("unknown".into()),
                 Unknown::Reject => {
                     let opinion = Opinion::Reject(Reply::unknown_user());
-                    Standing::Refused(Decision { opinion, by: "unknown user".into() })
+                    let source = Source::UnknownUser;
+                    Standing::Refused(Decision { opinion, by: "unknown user".into(), source })
                 }
             },
             // Somebody gets the mail who can't be asked: whatever the others say, the recipient accepts.
@@ -213,15 +256,21 @@ impl Pipeline {
         deadline: Instant,
     ) -> Judge {
         let resolver::ResolvedUser { user, address: final_address, extension, directory_rules } = resolved;
-        let inspected = timeout_at(deadline.into(), self.inspector.holdings(&user)).await;
-        let inspected = inspected.unwrap_or_else(|_| Err(Arc::new(InspectError::NoAnswer)));
+        // What takes its time is boxed: this future is moved about for every recipient, and would be some KiB with it.
+        let inspected = match self.inspector.remembered(&user).await {
+            Some(holdings) => Ok(holdings),
+            None => Box::pin(timeout_at(deadline.into(), self.inspector.holdings(&user)))
+                .await
+                .unwrap_or_else(|_| Err(Arc::new(InspectError::NoAnswer))),
+        };
         let (holdings, unknown) = match inspected {
             Ok(holdings) => (holdings, None),
             Err(error) => {
                 let why = Chain(&*error).to_string();
                 warn!("{}: user {}: {}", envelope.queue_id(), user.name, Quoted(&why));
                 let opinion = self.opinion_on_error(None);
-                (Arc::default(), Some(Decision { opinion, by: format!("not asked: {why}") }))
+                let by = format!("not asked: {why}");
+                (Arc::default(), Some(Decision { opinion, by, source: Source::Trouble }))
             }
         };
         let mut judge = Judge {
@@ -244,8 +293,12 @@ impl Pipeline {
                 decision => judge.decided = decision.clone(),
             }
         }
-        if judge.decided.is_none() {
-            judge.decided = self.ask_recipient_filter(envelope, argument, address, &judge, deadline).await;
+        let extension = judge.extension.as_deref();
+        if judge.decided.is_none()
+            && let Some(filter) = judge.holdings.inspection.filter(Phase::Recipient, extension)
+        {
+            let ask = self.ask_recipient_filter(envelope, argument, address, &judge, &filter.name, deadline);
+            judge.decided = Box::pin(ask).await;
         }
         judge.decided = judge.decided.map(|decision| decision.in_words_for(envelope));
         judge
@@ -253,8 +306,8 @@ impl Pipeline {
 
     /// Asks the lists of the directory, then the user's rules. `None`: there are none.
     fn ask_rules(&self, envelope: &Envelope, address: &Address, judge: &Judge) -> Option<Arc<Ruled>> {
-        let directory = judge.directory_rules.as_deref().map(|rules| (rules, "directory "));
-        let own = judge.holdings.rules.as_ref().map(|rules| (rules, ""));
+        let directory = judge.directory_rules.as_deref().map(|rules| (rules, Source::Directory));
+        let own = judge.holdings.rules.as_ref().map(|rules| (rules, Source::Rules));
         if directory.is_none() && own.is_none() {
             return None;
         }
@@ -271,17 +324,17 @@ impl Pipeline {
         }))
     }
 
-    /// Asks the user's `recipient` executable, if there is one; `None`: go on to the message filter.
+    /// Asks the user's `recipient` executable; `None`: go on to the message filter.
     async fn ask_recipient_filter(
         &self,
         envelope: &Envelope,
         argument: &RecipientArgument,
         address: &Address,
         judge: &Judge,
+        filter: &str,
         deadline: Instant,
     ) -> Option<Decision> {
         let extension = judge.extension.as_deref();
-        let filter = judge.holdings.inspection.filter(Phase::Recipient, extension)?;
         let subject =
             Subject { address: &judge.address, extension, argument, all: vec![address.to_string()] };
         let ask = async {
@@ -289,6 +342,7 @@ impl Pipeline {
                 user: &judge.user,
                 phase: Phase::Recipient,
                 extension,
+                queue_id: envelope.queue_id(),
                 variables: environment::variables(
                     envelope,
                     Phase::Recipient,
@@ -303,26 +357,27 @@ impl Pipeline {
             let answer =
                 self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
-                record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
-                self.user_log.recipient_filter(envelope, judge, &filter.name, answer);
+                record::error_output(envelope, judge.user.name.as_str(), filter, &answer.error_output);
+                self.user_log.recipient_filter(envelope, judge, filter, answer);
             }
             answer
         };
         let question = self.answers.question(&judge.user, envelope, address, &judge.address);
-        let answer = self.answers.of_executable(question, &filter.name, ask).await?;
+        let answer = self.answers.of_executable(question, filter, ask).await?;
         let goes_on = answer.opinion == Opinion::Accept && !answer.is_final;
-        if answer.is_error {
+        if answer.is_error() {
             warn!(
                 "{}: user {}: {}: {}",
                 envelope.queue_id(),
                 judge.user.name,
-                filter.name,
+                filter,
                 Quoted(&answer.status)
             );
         }
         (!goes_on).then(|| Decision {
             opinion: answer.opinion.clone(),
-            by: format!("{}: {}, {:.3}s", filter.name, answer.status, answer.elapsed.as_secs_f64()),
+            by: format!("{filter}: {}, {:.3}s", answer.status, answer.elapsed.as_secs_f64()),
+            source: Source::RecipientFilter,
         })
     }
 
@@ -330,7 +385,7 @@ impl Pipeline {
     fn trouble(&self, on_error: Option<OnError>, why: String) -> Standing {
         match self.opinion_on_error(on_error) {
             Opinion::Accept => Standing::Unjudged(why),
-            opinion => Standing::Refused(Decision { opinion, by: why }),
+            opinion => Standing::Refused(Decision { opinion, by: why, source: Source::Trouble }),
         }
     }
 
@@ -377,6 +432,16 @@ impl Pipeline {
         })
     }
 
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Each resolver's name for people, and what is known of the servers that it asks.
+    pub fn resolvers(&self) -> impl Iterator<Item = (String, Vec<ServerState>)> {
+        self.resolver.states()
+    }
+
     /// Re-reads what administrators have changed. Blocks; to be called about once a second.
     pub fn refresh(&self) {
         self.resolver.refresh();
@@ -413,6 +478,8 @@ impl Pipeline {
         let record =
             Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started };
         record.log();
+        self.count(envelope, &opinion, &[]);
+        recipients.iter().for_each(|recipient| self.count_verdicts(envelope, recipient));
         self.tell_users(envelope, recipients, &opinion);
         Outcome::unchanged(opinion)
     }
@@ -427,7 +494,9 @@ impl Pipeline {
         let (why, changes, started) = ("larger than max-message", String::new(), Instant::now());
         let (verdicts, size) = (Some(ballot.lines()), Some(size));
         Record { envelope, recipients, verdicts, opinion: &opinion, why, changes, size, started }.log();
-        self.user_log.verdicts(envelope, &ballot.told(), &opinion, &[]);
+        let told = ballot.told();
+        self.count(envelope, &opinion, &told);
+        self.user_log.verdicts(envelope, &told, &opinion, &[]);
         Outcome::unchanged(opinion)
     }
 
@@ -511,7 +580,9 @@ impl Pipeline {
         let opinion = &outcome.opinion;
         let size = Some(size);
         Record { envelope, recipients, verdicts, opinion, why: "", changes, size, started }.log();
-        self.user_log.verdicts(envelope, &ballot.told(), opinion, &outcome.changes);
+        let told = ballot.told();
+        self.count(envelope, opinion, &told);
+        self.user_log.verdicts(envelope, &told, opinion, &outcome.changes);
     }
 
     /// The answers come in any order, each with the number of its poll.
@@ -531,11 +602,13 @@ impl Pipeline {
                 (Arc::clone(&self.filters), settled.clone(), Arc::clone(&message));
             let variables = ballot.variables(poll, envelope, size);
             let (user, extension) = (poll.judge.user.clone(), poll.judge.extension.clone());
+            let queue_id = envelope.queue_id().to_owned();
             running.spawn(async move {
                 let question = Question {
                     user: &user,
                     phase: Phase::Message,
                     extension: extension.as_deref(),
+                    queue_id: &queue_id,
                     variables,
                     message: Some(&message),
                     deadline,

@@ -9,7 +9,7 @@ use crate::{
     rules::{Mixed, Rules},
     transaction::{Envelope, RecipientArgument},
     user::{User, UserName},
-    verdict::{self, Opinion},
+    verdict::{self, Opinion, Said},
 };
 
 /// A recipient, as far as RCPT TO decides about it.
@@ -43,6 +43,48 @@ pub struct Decision {
     pub opinion: Opinion,
     /// As `rule 3` or `recipient: exit 77`.
     pub by: String,
+    /// The same in one word of a few.
+    pub source: Source,
+}
+
+/// Where a verdict comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The site's rules.
+    Site,
+    /// The lists of senders in the user's directory entry.
+    Directory,
+    /// The user's rules.
+    Rules,
+    /// The user's executable at RCPT TO.
+    RecipientFilter,
+    /// The user's executable at the end of the message.
+    MessageFilter,
+    /// The user has none of these.
+    Nothing,
+    /// `verdict.split`
+    Split,
+    /// Nobody has the address.
+    UnknownUser,
+    /// Our own trouble.
+    Trouble,
+}
+
+impl Source {
+    /// The word used in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Site => "site-rules",
+            Self::Directory => "directory",
+            Self::Rules => "rules",
+            Self::RecipientFilter => "recipient-filter",
+            Self::MessageFilter => "message-filter",
+            Self::Nothing => "nothing",
+            Self::Split => "split",
+            Self::UnknownUser => "unknown-user",
+            Self::Trouble => "trouble",
+        }
+    }
 }
 
 /// One user who is asked about one recipient.
@@ -77,6 +119,15 @@ impl Judge {
         filter.map(|filter| filter.name.as_str())
     }
 
+    /// What there is to tell before the message is seen, and where it comes from.
+    pub fn said(&self) -> (Said, Source) {
+        match (&self.decided, self.message_filter()) {
+            (Some(decision), _) => (decision.opinion.verdict().into(), decision.source),
+            (None, Some(_)) => (Said::NotAsked, Source::MessageFilter),
+            (None, None) => (Said::Accept, Source::Nothing),
+        }
+    }
+
     /// The opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
         match &self.decided {
@@ -90,7 +141,7 @@ impl Judge {
 impl Decision {
     /// The same in words that the client understands.
     pub fn in_words_for(self, envelope: &Envelope) -> Self {
-        Self { opinion: self.opinion.in_words_for(envelope.smtputf8), by: self.by }
+        Self { opinion: self.opinion.in_words_for(envelope.smtputf8), ..self }
     }
 }
 
@@ -108,8 +159,7 @@ impl Recipient {
         if let Standing::Refused(decision) = &self.standing {
             return Some(decision.opinion.clone());
         }
-        let opinions: Vec<Option<Opinion>> = self.judges().iter().map(Judge::known).collect();
-        match combine(&opinions) {
+        match combine(self.judges().iter().map(Judge::known)) {
             // The site is asked before the users, and may still refuse.
             Some(Opinion::Accept) if self.site_waits_for_size => None,
             known => known,
@@ -165,13 +215,16 @@ impl Recipient {
 }
 
 /// A recipient's opinion from those of its users: `None` as long as it depends on one that is not known.
-pub fn combine(users: &[Option<Opinion>]) -> Option<Opinion> {
-    let known: Vec<&Opinion> = users.iter().flatten().collect();
-    if known.len() == users.len() || known.contains(&&Opinion::Accept) {
-        Some(verdict::of_recipient(known))
-    } else {
-        None
+pub fn combine(users: impl IntoIterator<Item = Option<Opinion>>) -> Option<Opinion> {
+    let (mut refusals, mut all_are_known) = (Vec::new(), true);
+    for opinion in users {
+        match opinion {
+            Some(Opinion::Accept) => return opinion,
+            Some(refusal) => refusals.push(refusal),
+            None => all_are_known = false,
+        }
     }
+    all_are_known.then(|| verdict::of_recipient(&refusals))
 }
 
 #[cfg(test)]
@@ -182,10 +235,10 @@ mod tests {
     #[test]
     fn an_opinion_is_known_when_nothing_can_change_it() {
         let reject = || Some(Opinion::plain(Verdict::Reject));
-        assert_eq!(combine(&[]), Some(Opinion::Accept));
-        assert_eq!(combine(&[reject(), None]), None);
-        assert_eq!(combine(&[Some(Opinion::Accept), None]), Some(Opinion::Accept));
-        assert_eq!(combine(&[reject(), reject()]), reject());
+        assert_eq!(combine([]), Some(Opinion::Accept));
+        assert_eq!(combine([reject(), None]), None);
+        assert_eq!(combine([None, Some(Opinion::Accept)]), Some(Opinion::Accept));
+        assert_eq!(combine([reject(), reject()]), reject());
     }
 
     #[test]

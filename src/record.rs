@@ -118,7 +118,7 @@ fn shorten(text: &str) -> &str {
 fn standing(recipient: &Recipient) -> String {
     match &recipient.standing {
         Standing::Unjudged(why) => format!("{} ({why})", shown(&recipient.argument)),
-        Standing::Refused(Decision { opinion, by }) => format!("-={} ({by})", opinion.verdict().as_str()),
+        Standing::Refused(Decision { opinion, by, .. }) => format!("-={} ({by})", opinion.verdict().as_str()),
         Standing::Judged(judges) => {
             let each = judges.iter().map(|judge| Told::before_message(recipient, judge).line());
             each.collect::<Vec<_>>().join(", ")

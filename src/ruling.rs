@@ -2,7 +2,7 @@
 
 use crate::{
     address::Address,
-    recipient::Decision,
+    recipient::{Decision, Source},
     reply::Reply,
     rules::{Action, Question, Rules},
     transaction::Envelope,
@@ -18,11 +18,10 @@ pub struct Ruled {
     pub waits_for_size: bool,
 }
 
-/// Asks the rules. `size`: as far as it is known, in bytes. `whose`
-/// is put in front of the rule's number in the log.
+/// Asks the rules, which are `whose`. `size`: as far as it is known, in bytes.
 pub fn decide(
     rules: &Rules,
-    whose: &str,
+    whose: Source,
     envelope: &Envelope,
     recipient: &Address,
     size: Option<u64>,
@@ -37,6 +36,11 @@ pub fn decide(
         size,
         today: jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date(),
     });
+    let owner = match whose {
+        Source::Site => "site ",
+        Source::Directory => "directory ",
+        _ => "",
+    };
     let reply = |verdict| match ruling.reply {
         Some(text) => Reply::from_text(verdict, text, true),
         None => Reply::default_of(verdict),
@@ -47,7 +51,7 @@ pub fn decide(
         Action::Reject => Some(Opinion::Reject(reply(Verdict::Reject))),
         Action::Defer => Some(Opinion::Defer(reply(Verdict::Defer))),
     };
-    let by = || ruling.rule.map_or_else(|| format!("{whose}default rule"), |n| format!("{whose}rule {n}"));
-    let decision = opinion.map(|opinion| Decision { opinion, by: by() });
+    let by = || ruling.rule.map_or_else(|| format!("{owner}default rule"), |n| format!("{owner}rule {n}"));
+    let decision = opinion.map(|opinion| Decision { opinion, by: by(), source: whose });
     Ruled { decision, waits_for_size: ruling.waits_for_size }
 }

@@ -21,6 +21,7 @@ use nix::{
 
 use crate::{
     config::{Filter, LineEndings},
+    metrics::{OneMore, Place, SpoolMetrics},
     sys,
 };
 
@@ -36,6 +37,8 @@ pub struct SpoolSettings {
     pub memory_limit: u64,
     /// Line endings of what is written.
     pub line_endings: LineEndings,
+    /// Where it is counted.
+    pub metrics: SpoolMetrics,
 }
 
 impl SpoolSettings {
@@ -45,6 +48,7 @@ impl SpoolSettings {
             directory: filter.spool_directory.clone(),
             memory_limit: filter.memory_limit.0,
             line_endings: filter.line_endings,
+            metrics: SpoolMetrics::default(),
         }
     }
 }
@@ -57,6 +61,7 @@ pub struct Spool {
     store: Option<Store>,
     /// Bytes handed to `store`.
     written: u64,
+    counted: Counted,
     /// Whether the last body byte was a CR whose LF may be in the next chunk.
     pending_cr: bool,
 }
@@ -72,6 +77,16 @@ enum Store {
 pub struct Message {
     file: File,
     size: u64,
+    _counted: Counted,
+}
+
+/// The part of a message in what is counted, for as long as the message is kept.
+#[derive(Debug)]
+struct Counted {
+    metrics: SpoolMetrics,
+    _message: OneMore,
+    place: Place,
+    bytes: i64,
 }
 
 impl Spool {
@@ -83,7 +98,8 @@ impl Spool {
             }
             _ => None,
         };
-        Ok(Self { settings, buffer: Vec::new(), store, written: 0, pending_cr: false })
+        let counted = Counted::new(&settings.metrics);
+        Ok(Self { settings, buffer: Vec::new(), store, written: 0, counted, pending_cr: false })
     }
 
     /// Bytes so far.
@@ -141,7 +157,7 @@ impl Spool {
                 file
             }
         };
-        Ok(Message { file, size })
+        Ok(Message { file, size, _counted: self.counted })
     }
 
     fn line_end(&mut self) {
@@ -196,9 +212,12 @@ impl Spool {
             }
             None => Store::Memory(memory_file()?),
         };
-        match self.store.insert(store) {
-            Store::Memory(file) | Store::Disk(file) => file.write_all(&self.buffer)?,
-        }
+        let (file, place) = match self.store.insert(store) {
+            Store::Memory(file) => (file, Place::Memory),
+            Store::Disk(file) => (file, Place::Disk),
+        };
+        file.write_all(&self.buffer)?;
+        self.counted.set(place, size);
         self.written = size;
         self.buffer.clear();
         Ok(())
@@ -214,6 +233,25 @@ impl Message {
     /// Length in bytes, trace headers included.
     pub fn size(&self) -> u64 {
         self.size
+    }
+}
+
+impl Counted {
+    fn new(metrics: &SpoolMetrics) -> Self {
+        let message = OneMore::of(&metrics.messages);
+        Self { metrics: metrics.clone(), _message: message, place: Place::Memory, bytes: 0 }
+    }
+
+    fn set(&mut self, place: Place, bytes: u64) {
+        self.metrics.bytes(self.place).dec_by(self.bytes);
+        (self.place, self.bytes) = (place, i64::try_from(bytes).unwrap_or(i64::MAX));
+        self.metrics.bytes(self.place).inc_by(self.bytes);
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.set(self.place, 0);
     }
 }
 
@@ -251,7 +289,12 @@ mod tests {
     use std::io::Read;
 
     fn settings(line_endings: LineEndings, memory_limit: u64) -> SpoolSettings {
-        SpoolSettings { directory: std::env::temp_dir(), memory_limit, line_endings }
+        SpoolSettings {
+            directory: std::env::temp_dir(),
+            memory_limit,
+            line_endings,
+            metrics: SpoolMetrics::default(),
+        }
     }
 
     fn content(message: &Message) -> Vec<u8> {

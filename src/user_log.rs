@@ -9,6 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use prometheus_client::metrics::counter::Counter;
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
@@ -42,15 +43,17 @@ pub struct UserLog {
     monitor: Arc<Monitor>,
     tracker: TaskTracker,
     pending: Arc<Pending>,
+    failures: Counter,
 }
 
 /// What is to be written next; a user is in it as long as somebody writes for them.
 type Pending = Mutex<HashMap<UserName, String>>;
 
 impl UserLog {
-    /// For a worker. `tracker`: gets the tasks, so that the worker does not leave before they are done.
-    pub fn new(monitor: Arc<Monitor>, tracker: TaskTracker) -> Self {
-        Self { monitor, tracker, pending: Arc::default() }
+    /// For a worker. `tracker`: gets the tasks, so that the worker does not leave before they are done. `failures`: counts
+    /// what could not be written.
+    pub fn new(monitor: Arc<Monitor>, tracker: TaskTracker, failures: Counter) -> Self {
+        Self { monitor, tracker, pending: Arc::default(), failures }
     }
 
     /// Tells each user, if they keep a log, what became of a verdict.
@@ -68,7 +71,7 @@ impl UserLog {
     /// Tells a user what a `recipient` filter wrote to standard error, and why it gave no verdict if it gave none.
     pub fn recipient_filter(&self, envelope: &Envelope, judge: &Judge, filter: &str, answer: &Answer) {
         let mut entry = error_lines(envelope, filter, &answer.error_output);
-        if answer.is_error {
+        if answer.is_error() {
             let _ = writeln!(entry, "{} {filter}: error ({})", stamp(envelope), Quoted(&answer.status));
         }
         if judge.holdings.inspection.log && !entry.is_empty() {
@@ -85,17 +88,22 @@ impl UserLog {
             Some(text) if text.len() + entry.len() <= MAX_PENDING => text.push_str(&entry),
             None if has_room => {
                 pending.insert(user.name.clone(), entry);
-                self.tracker.spawn(write(Arc::clone(&self.monitor), Arc::clone(&self.pending), user));
+                let (monitor, pending) = (Arc::clone(&self.monitor), Arc::clone(&self.pending));
+                self.tracker.spawn(write(monitor, pending, user, self.failures.clone()));
             }
-            _ => warn!("user {}: log: too much waits to be written; an entry is dropped", user.name),
+            _ => {
+                self.failures.inc();
+                warn!("user {}: log: too much waits to be written; an entry is dropped", user.name);
+            }
         }
     }
 }
 
 /// Writes until nothing is left.
-async fn write(monitor: Arc<Monitor>, pending: Arc<Pending>, user: User) {
+async fn write(monitor: Arc<Monitor>, pending: Arc<Pending>, user: User, failures: Counter) {
     while let Some(text) = next(&pending, &user.name) {
         if let Err(error) = monitor.append_to_log(&user, text).await {
+            failures.inc();
             warn!("user {}: log: {}", user.name, Quoted(&error.to_string()));
         }
     }
@@ -140,7 +148,7 @@ fn line(envelope: &Envelope, told: &Told<'_>, fate: &str) -> String {
         "from=<{}> to={} {} ({}){reply}{fate}",
         Quoted(&envelope.sender.to_string()),
         Quoted(&to.join(",")),
-        told.verdict,
+        told.said.as_str(),
         told.by,
     )
 }

@@ -30,6 +30,115 @@ impl Verdict {
     }
 }
 
+/// What is told of a user: a verdict, or why there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// Let it in.
+    Accept,
+    /// Refuse it for good.
+    Reject,
+    /// Put it off.
+    Defer,
+    /// The filter was in trouble.
+    Error,
+    /// The filter's verdict could not change anything.
+    NotAsked,
+}
+
+impl Said {
+    /// The word used in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accept => "accept",
+            Self::Reject => "reject",
+            Self::Defer => "defer",
+            Self::Error => "error",
+            Self::NotAsked => "not-asked",
+        }
+    }
+}
+
+impl From<Verdict> for Said {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Accept => Self::Accept,
+            Verdict::Reject => Self::Reject,
+            Verdict::Defer => Self::Defer,
+        }
+    }
+}
+
+/// How a transaction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The mail was let in.
+    Accept,
+    /// It was refused for good.
+    Reject,
+    /// It was put off.
+    Defer,
+    /// The client gave up before we had anything to say, mostly since no recipient was left.
+    Aborted,
+}
+
+impl Ending {
+    /// The word used in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accept => "accept",
+            Self::Reject => "reject",
+            Self::Defer => "defer",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
+impl From<Verdict> for Ending {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Accept => Self::Accept,
+            Verdict::Reject => Self::Reject,
+            Verdict::Defer => Self::Defer,
+        }
+    }
+}
+
+/// What became of a recipient at RCPT TO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtRcpt {
+    /// Accepted, whatever the message.
+    Accept,
+    /// Refused for good.
+    Reject,
+    /// Put off.
+    Defer,
+    /// The message will decide.
+    Pending,
+}
+
+impl AtRcpt {
+    /// The word used in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accept => "accept",
+            Self::Reject => "reject",
+            Self::Defer => "defer",
+            Self::Pending => "pending",
+        }
+    }
+}
+
+impl From<Option<&Opinion>> for AtRcpt {
+    fn from(known: Option<&Opinion>) -> Self {
+        match known {
+            None => Self::Pending,
+            Some(Opinion::Accept) => Self::Accept,
+            Some(Opinion::Reject(_)) => Self::Reject,
+            Some(Opinion::Defer(_)) => Self::Defer,
+        }
+    }
+}
+
 /// A verdict and, unless it is accept, the reply that goes with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Opinion {

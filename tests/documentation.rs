@@ -196,7 +196,8 @@ fn check_configuration(document: &str, documented: &Documented, texts: &BTreeMap
     // And none is left out that could be written.
     for (section, keys) in documented.iter().filter(|(section, _)| section.starts_with('[')) {
         for (key, default) in keys {
-            let optional = ["socket-group", "domains", "rules", "default-message", "default-recipient"];
+            let optional =
+                ["socket-group", "metrics", "domains", "rules", "default-message", "default-recipient"];
             let optional = optional.contains(&key.as_str());
             assert!(default.is_some() || optional, "{document}, {section}: {key} has no default");
         }

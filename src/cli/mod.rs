@@ -1,9 +1,11 @@
 //! The command line.
 
 mod check;
+mod dashboard;
 mod init;
 mod resolve;
 mod serve;
+mod status;
 mod try_out;
 
 use std::{future::Future, path::PathBuf, process::ExitCode, rc::Rc, sync::Arc};
@@ -19,6 +21,8 @@ use crate::{
 
 /// EX_USAGE of sysexits.h.
 const USAGE: u8 = 64;
+/// EX_UNAVAILABLE of sysexits.h.
+const UNAVAILABLE: u8 = 69;
 /// EX_SOFTWARE of sysexits.h.
 const SOFTWARE: u8 = 70;
 /// EX_CANTCREAT of sysexits.h.
@@ -57,6 +61,8 @@ enum Command {
     Try(try_out::Arguments),
     /// Write a first ~/.usermilter with a working filter.
     Init(init::Arguments),
+    /// Show what the running daemon is doing: mail, filters, connections, resolvers, and what went wrong.
+    Status(status::Arguments),
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -117,5 +123,6 @@ pub fn run() -> ExitCode {
         Command::Resolve(arguments) => resolve::run(arguments),
         Command::Try(arguments) => try_out::run(arguments),
         Command::Init(arguments) => init::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
     }
 }

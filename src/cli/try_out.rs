@@ -20,7 +20,9 @@ use crate::{
     filter::{Answer, Filters, Question},
     holdings::{Holdings, Inspector},
     logging::Chain,
+    metrics::FilterMetrics,
     monitor::Phase,
+    recipient::Source,
     reply::Reply,
     resolver,
     rules::Rules,
@@ -141,7 +143,7 @@ async fn trial(
     .map_err(|error| usage("--recipient", &error))?;
     let sender = Sender::parse(arguments.sender.as_bytes()).map_err(|error| usage("--sender", &error))?;
 
-    let resolver = resolver::Chain::new(&config.resolvers, &config.recipients);
+    let resolver = resolver::Chain::new(&config.resolvers, &config.recipients, &[]);
     let found = find_user(&resolver, &user_name).await.map_err(|error| (SOFTWARE, error))?;
     let (user, directory_rules) =
         found.ok_or_else(|| (USAGE, format!("--user: nobody is called \"{name}\"")))?;
@@ -190,9 +192,9 @@ async fn trial(
     };
     let size = message.as_ref().map(Message::size);
     let rules_error = holdings.rules_error.clone();
-    let site = config.recipients.rules.as_ref().map(|rules| (&*rules.compiled, "site "));
-    let directory = directory_rules.as_deref().map(|rules| (rules, "directory "));
-    let own = holdings.rules.as_ref().map(|rules| (rules, ""));
+    let site = config.recipients.rules.as_ref().map(|rules| (&*rules.compiled, Source::Site));
+    let directory = directory_rules.as_deref().map(|rules| (rules, Source::Directory));
+    let own = holdings.rules.as_ref().map(|rules| (rules, Source::Rules));
     let by_rules = site
         .into_iter()
         .chain(directory)
@@ -228,18 +230,20 @@ async fn trial(
         user: &user,
         phase,
         extension: extension.as_deref(),
+        queue_id: envelope.queue_id(),
         variables: environment::variables(&envelope, phase, size, &subject),
         message: message.as_ref(),
         deadline: Instant::now() + time_limit,
         smtputf8: false,
     };
-    let answer = Filters::new(monitor, config.filter.clone()).ask(question, &CancellationToken::new()).await;
+    let filters = Filters::new(monitor, config.filter.clone(), FilterMetrics::default());
+    let answer = filters.ask(question, &CancellationToken::new()).await;
     let (answer, _) = answer.ok_or_else(|| (SOFTWARE, "the filter was not started".to_owned()))?;
     Ok(Trial {
         opinion: answer.opinion.clone(),
         by: format!("{}: {}", filter.name, answer.status),
         rules_error,
-        is_error: answer.is_error,
+        is_error: answer.is_error(),
         answer: Some(answer),
     })
 }

@@ -18,13 +18,16 @@ use std::{
 
 pub use error::{ConfigError, Place};
 use serde::Deserialize;
-pub use values::{ByteSize, FileMode, IdRange, Network, SocketAddress, Span};
+pub use values::{ByteSize, Control, FileMode, IdRange, Network, SocketAddress, Span};
 
 pub use crate::rules::Mixed;
 use crate::{rules::Rules, verdict::Verdict};
 
 /// Where the configuration is looked for when `--config` names no other file.
 pub const DEFAULT_PATH: &str = "/etc/usermilter/usermilter.toml";
+
+/// Where the control socket is, unless the configuration says otherwise.
+pub const DEFAULT_CONTROL: &str = "/run/usermilter/control.sock";
 
 /// Everything that can be set. The field names are the keys, in kebab-case.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -56,6 +59,10 @@ pub struct Server {
     pub milter: Vec<SocketAddress>,
     /// Policy listeners; none turns the interface off.
     pub policy: Vec<SocketAddress>,
+    /// Where `usermilter status` asks.
+    pub control: Control,
+    /// Where `/metrics` and health checks are served; absent: nowhere.
+    pub metrics: Option<SocketAddress>,
     /// Permissions of Unix sockets.
     pub socket_mode: FileMode,
     /// Group of Unix sockets; absent: the group of the process.
@@ -334,6 +341,17 @@ pub enum LogFormat {
     Json,
 }
 
+impl ResolverConfig {
+    /// The value of `type`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Passwd(_) => "passwd",
+            Self::PasswdFile(_) => "passwd-file",
+            Self::Ldap(_) => "ldap",
+        }
+    }
+}
+
 impl Config {
     /// Reads the file, or the built-in defaults when `path` is `None` and [`DEFAULT_PATH`] does not exist.
     ///
@@ -387,6 +405,8 @@ impl Default for Server {
             user: "usermilter".into(),
             milter: vec![SocketAddress::Inet(([127, 0, 0, 1], 8890).into())],
             policy: vec![SocketAddress::Inet(([127, 0, 0, 1], 8891).into())],
+            control: Control(Some(DEFAULT_CONTROL.into())),
+            metrics: None,
             socket_mode: FileMode(0o660),
             socket_group: None,
             max_connections: 1000,

@@ -62,6 +62,22 @@ impl fmt::Display for SocketAddress {
     }
 }
 
+/// The control socket: a Unix socket, since it tells names, or `off`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Control(pub Option<PathBuf>);
+
+impl FromStr for Control {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.parse() {
+            Ok(SocketAddress::Unix(path)) => Ok(Self(Some(path))),
+            _ if text == "off" => Ok(Self(None)),
+            _ => Err(format!("control socket \"{text}\": expected \"unix:/PATH\" or \"off\"")),
+        }
+    }
+}
+
 /// A number of bytes: an integer, or text with a suffix `K`, `M` or `G` (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(pub u64);
@@ -168,7 +184,7 @@ macro_rules! deserialize_from_str {
 }
 pub(super) use deserialize_from_str;
 
-deserialize_from_str!(SocketAddress, Span, Network, FileMode);
+deserialize_from_str!(Control, SocketAddress, Span, Network, FileMode);
 
 impl<'de> Deserialize<'de> for ByteSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

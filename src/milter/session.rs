@@ -22,7 +22,7 @@ use crate::{
     spool::{Spool, SpoolSettings},
     trace_headers,
     transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
-    verdict::Opinion,
+    verdict::{Ending, Opinion},
 };
 
 /// Most recipients of a transaction. More are accepted and not judged, so that the memory of a connection is bounded.
@@ -244,7 +244,9 @@ impl Session {
 
     fn new_spool(&self, transaction: &Transaction) -> io::Result<Spool> {
         let filter = &self.settings.filter;
-        let mut spool = Spool::new(SpoolSettings::new(filter), transaction.envelope.declared_size)?;
+        let metrics = self.pipeline.metrics().spool.clone();
+        let settings = SpoolSettings { metrics, ..SpoolSettings::new(filter) };
+        let mut spool = Spool::new(settings, transaction.envelope.declared_size)?;
         if filter.trace_headers {
             trace_headers::write(&mut spool, &transaction.envelope, &transaction.host)?;
         }
@@ -372,7 +374,9 @@ impl Session {
 
     /// Forgets the transaction, if there is one.
     pub(super) fn abort(&mut self) -> Status {
-        self.state = State::Idle;
+        if !matches!(std::mem::replace(&mut self.state, State::Idle), State::Idle) {
+            self.pipeline.metrics().transactions.of(Ending::Aborted).inc();
+        }
         Status::Continue
     }
 }

@@ -10,12 +10,14 @@
 mod checks;
 mod child;
 mod guard;
+mod history;
 mod jobs;
 mod sockets;
 mod supervise;
 mod user_log;
 mod wire;
 
+pub use history::{History, Incident};
 pub use sockets::BindError;
 pub use supervise::{MonitorError, run_once, serve, serve_with};
 pub use wire::{

@@ -6,7 +6,7 @@ use std::{
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::{
-            fs::{FileTypeExt, MetadataExt, lchown},
+            fs::{DirBuilderExt, FileTypeExt, MetadataExt, lchown},
             net::UnixStream,
         },
     },
@@ -19,7 +19,12 @@ use nix::sys::{
     stat::{Mode, fchmod, umask},
 };
 
-use crate::config::{Server, SocketAddress};
+use tracing::warn;
+
+use crate::{
+    config::{DEFAULT_CONTROL, FileMode, Server, SocketAddress},
+    logging::Chain,
+};
 
 /// A bound socket. The path of a Unix socket is removed when nobody uses it any more.
 #[derive(Debug)]
@@ -35,6 +40,8 @@ pub(super) struct Listener {
 pub(super) struct Listeners {
     pub(super) milter: Vec<Rc<Listener>>,
     pub(super) policy: Vec<Rc<Listener>>,
+    pub(super) metrics: Vec<Rc<Listener>>,
+    pub(super) control: Vec<Rc<Listener>>,
 }
 
 /// A socket that can't be bound.
@@ -48,27 +55,44 @@ pub struct BindError {
 impl Listeners {
     /// Binds what the configuration wants and `existing` does not have yet.
     pub(super) fn bind(server: &Server, existing: &Self) -> Result<Self, BindError> {
-        let get = |address: &SocketAddress| match existing.all().find(|l| &l.address == address) {
+        let get_with = |address: &SocketAddress, mode| match existing.all().find(|l| &l.address == address) {
             Some(listener) => Ok(Rc::clone(listener)),
-            None => Listener::bind(address, server)
+            None => Listener::bind(address, server, mode)
                 .map(Rc::new)
                 .map_err(|source| BindError { address: address.clone(), source }),
+        };
+        let get = |address: &SocketAddress| get_with(address, server.socket_mode);
+        let get_control = |path: &PathBuf| {
+            // It tells who gets mail at this moment, which is nobody's business who merely hands mail over.
+            let mode = FileMode(server.socket_mode.0 & !0o007);
+            match get_with(&SocketAddress::Unix(path.clone()), mode) {
+                // Nobody has asked for the default: a second daemon, or one without root, does without it.
+                Err(error) if path == Path::new(DEFAULT_CONTROL) => {
+                    if nix::unistd::geteuid().is_root() {
+                        warn!("no control socket: {}", Chain(&error));
+                    }
+                    None
+                }
+                bound => Some(bound),
+            }
         };
         Ok(Self {
             milter: server.milter.iter().map(get).collect::<Result<_, _>>()?,
             policy: server.policy.iter().map(get).collect::<Result<_, _>>()?,
+            metrics: server.metrics.iter().map(get).collect::<Result<_, _>>()?,
+            control: server.control.0.iter().filter_map(get_control).collect::<Result<_, _>>()?,
         })
     }
 }
 
 impl Listeners {
     pub(super) fn all(&self) -> impl Iterator<Item = &Rc<Listener>> {
-        self.milter.iter().chain(&self.policy)
+        self.milter.iter().chain(&self.policy).chain(&self.metrics).chain(&self.control)
     }
 }
 
 impl Listener {
-    fn bind(address: &SocketAddress, server: &Server) -> io::Result<Self> {
+    fn bind(address: &SocketAddress, server: &Server, mode: FileMode) -> io::Result<Self> {
         match address {
             SocketAddress::Inet(inet) => {
                 let listener = TcpListener::bind(inet)?;
@@ -84,8 +108,11 @@ impl Listener {
                         .map(Some)?,
                     None => None,
                 };
+                if path == Path::new(DEFAULT_CONTROL) {
+                    make_parent(path)?;
+                }
                 remove_stale(path)?;
-                let listener = listen_on(path, Mode::from_bits_truncate(server.socket_mode.0))?;
+                let listener = listen_on(path, Mode::from_bits_truncate(mode.0))?;
                 if let Some(group) = group {
                     lchown(path, None, Some(group.gid.as_raw()))?;
                 }
@@ -123,6 +150,15 @@ fn listen_on(path: &Path, mode: Mode) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// What systemd or tmpfiles.d make, where the daemon is started without them.
+fn make_parent(path: &Path) -> io::Result<()> {
+    let Some(parent) = path.parent() else { return Ok(()) };
+    match fs::DirBuilder::new().mode(0o755).create(parent) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Removes a socket that a process left behind; one that somebody serves is left alone.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
@@ -151,13 +187,14 @@ mod tests {
         let address = SocketAddress::Unix(path.clone());
         let server = Server::default();
         drop(UnixListener::bind(&path).unwrap());
-        let listener = Listener::bind(&address, &server).unwrap();
+        let bind = || Listener::bind(&address, &server, server.socket_mode);
+        let listener = bind().unwrap();
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o660);
-        assert!(Listener::bind(&address, &server).is_err());
+        assert!(bind().is_err());
         drop(listener);
         assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
-        assert!(Listener::bind(&address, &server).is_err());
+        assert!(bind().is_err());
         assert!(path.exists());
     }
 }

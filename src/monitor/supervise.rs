@@ -28,6 +28,7 @@ use tracing::{error, info, warn};
 
 use super::{
     BindError,
+    history::{History, shortened},
     jobs::{Ended, Jobs, WorkerId},
     sockets::{Listener, Listeners},
     wire::{Event, MAX_PACKET, Request, decode, encode},
@@ -156,6 +157,7 @@ struct Monitor {
     stopping: Option<Stop>,
     /// Whether any worker was ever ready.
     served: bool,
+    history: History,
     /// Room for one packet.
     buffer: Vec<u8>,
 }
@@ -208,6 +210,7 @@ impl Monitor {
         run_worker: Box<dyn Fn(Inherited) -> i32>,
     ) -> Result<Self, MonitorError> {
         let mut monitor = Self {
+            history: History::new(config_path.clone()),
             config_path,
             run_worker,
             runs_once: false,
@@ -323,7 +326,8 @@ impl Monitor {
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
             Role::Candidate => {
-                error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was")
+                error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was");
+                self.reload_failed(&format!("the new worker failed: {end:?}"));
             }
             Role::Serving if self.stopping.is_some() => (),
             Role::Serving if !self.served => {
@@ -335,6 +339,7 @@ impl Monitor {
                     self.restart.pause = BACKOFF.0;
                 }
                 error!(pid = %worker.pid, ?end, pause = ?self.restart.pause, "worker died; starting another");
+                self.history.worker_died(format!("worker {}: {end:?}", worker.pid));
                 self.restart.later();
             }
         }
@@ -366,6 +371,7 @@ impl Monitor {
                 worker.drain(true);
             }
             self.workers[at].role = Role::Serving;
+            self.history.reloaded();
             self.listeners = self.workers[at].listeners.clone();
             self.settings = settings;
             self.restart.at = None;
@@ -379,6 +385,8 @@ impl Monitor {
             worker = %self.workers[at].pid,
             milter = %show(&self.listeners.milter),
             policy = %show(&self.listeners.policy),
+            metrics = %show(&self.listeners.metrics),
+            control = %show(&self.listeners.control),
             "ready"
         );
     }
@@ -443,8 +451,17 @@ impl Monitor {
         match outcome {
             Ok(()) => info!("reloading: new worker started"),
             Err(error) => {
-                error!(error = %Chain(&error), "configuration not reloaded; it stays as it was");
+                let error = Chain(&error).to_string();
+                error!(%error, "configuration not reloaded; it stays as it was");
+                self.reload_failed(&error);
             }
+        }
+    }
+
+    fn reload_failed(&mut self, error: &str) {
+        self.history.reload_failed(error);
+        for worker in self.workers.iter_mut().filter(|worker| worker.role == Role::Serving) {
+            worker.send(&Event::ReloadFailed { error: shortened(error).to_owned() });
         }
     }
 
@@ -461,7 +478,8 @@ impl Monitor {
         let at = now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN;
         self.stopping = Some(Stop { at, killed: false });
         self.restart.at = None;
-        self.listeners = Listeners::default();
+        // Whoever watches is told to the end how far it has come.
+        (self.listeners.milter, self.listeners.policy) = Default::default();
         self.workers.iter_mut().for_each(|worker| worker.drain(false));
     }
 
@@ -476,16 +494,27 @@ impl Monitor {
             .map_err(system("socketpair"))?;
         let monitor = nix::unistd::getpid();
         let raw = |listeners: &[Rc<Listener>]| listeners.iter().map(|l| l.descriptor.as_raw_fd()).collect();
-        let (milter, policy): (Vec<RawFd>, Vec<RawFd>) = (raw(&listeners.milter), raw(&listeners.policy));
+        let sockets: [Vec<RawFd>; 4] =
+            [&listeners.milter, &listeners.policy, &listeners.metrics, &listeners.control].map(|l| raw(l));
+        let mut history = self.history.clone();
+        if role == Role::Candidate {
+            // It is told of itself: when it serves, this is so.
+            history.reloaded();
+        }
         let pid = sys::fork(|| {
             self.forget_all_but(&listeners, &channel);
+            let [milter, policy, metrics, control] =
+                sockets.map(|sockets| sockets.into_iter().map(sys::adopt).collect());
             (self.run_worker)(Inherited {
                 settings: Arc::clone(&settings),
                 monitor,
                 // The owners of these are the parent's; in this process they are never dropped.
                 channel: sys::adopt(theirs.as_raw_fd()),
-                milter: milter.into_iter().map(sys::adopt).collect(),
-                policy: policy.into_iter().map(sys::adopt).collect(),
+                milter,
+                policy,
+                metrics,
+                control,
+                history,
             })
         })
         .map_err(system("fork"))?;

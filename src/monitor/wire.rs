@@ -68,6 +68,11 @@ pub enum Event {
         /// Whether to wait for open milter connections to end too, or only for transactions.
         connections: bool,
     },
+    /// A new configuration could not be used; everything stays as it was.
+    ReloadFailed {
+        /// Why, cut to less than a kilobyte.
+        error: String,
+    },
     /// A job's process has ended.
     Finished {
         /// The job.

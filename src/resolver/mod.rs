@@ -11,6 +11,7 @@ pub mod passwd_file;
 pub mod source;
 
 use std::{
+    borrow::Cow,
     collections::{HashSet, VecDeque},
     path::PathBuf,
     sync::Arc,
@@ -20,11 +21,12 @@ use std::{
 use crate::{
     address::Address,
     config::{OnError, Recipients, ResolverConfig},
+    metrics::{AnswerSource, ResolverMetrics},
     rules::Rules,
     user::{Account, User, UserName},
 };
 use aliases::{Aliases, Leaf};
-use ldap::{LdapAnswer, LdapResolver};
+use ldap::{LdapAnswer, LdapResolver, ServerState};
 use passwd::Passwd;
 use passwd_file::PasswdFile;
 
@@ -83,7 +85,13 @@ pub struct Chain {
 }
 
 #[derive(Debug)]
-enum Resolver {
+struct Resolver {
+    kind: Kind,
+    metrics: ResolverMetrics,
+}
+
+#[derive(Debug)]
+enum Kind {
     Passwd(Passwd),
     PasswdFile(PathBuf, PasswdFile),
     Ldap(String, Box<LdapResolver>),
@@ -149,21 +157,11 @@ impl Trace<'_> {
 const MAX_FORWARDS: usize = 1000;
 
 impl Chain {
-    /// Opens the resolvers of a configuration.
-    pub fn new(resolvers: &[ResolverConfig], recipients: &Recipients) -> Self {
-        let resolvers = resolvers
-            .iter()
-            .map(|config| match config {
-                ResolverConfig::Passwd(config) => Resolver::Passwd(Passwd::new(config.min_uid)),
-                ResolverConfig::PasswdFile(config) => {
-                    Resolver::PasswdFile(config.path.clone(), PasswdFile::open(&config.path))
-                }
-                ResolverConfig::Ldap(config) => {
-                    let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
-                    Resolver::Ldap(servers.join(" "), Box::new(LdapResolver::new((**config).clone())))
-                }
-            })
-            .collect();
+    /// Opens the resolvers of a configuration. `metrics`: where each is counted, or none.
+    pub fn new(resolvers: &[ResolverConfig], recipients: &Recipients, metrics: &[ResolverMetrics]) -> Self {
+        let metrics = metrics.iter().cloned().chain(std::iter::repeat_with(ResolverMetrics::default));
+        let resolvers =
+            resolvers.iter().zip(metrics).map(|(config, metrics)| Resolver::new(config, metrics)).collect();
         Self {
             aliases: Aliases::open(&recipients.aliases, &recipients.virtual_aliases),
             resolvers,
@@ -172,11 +170,22 @@ impl Chain {
         }
     }
 
+    /// Each resolver's name for messages, and what is known of the servers that it asks.
+    pub fn states(&self) -> impl Iterator<Item = (String, Vec<ServerState>)> {
+        self.resolvers.iter().map(|resolver| {
+            let servers = match &resolver.kind {
+                Kind::Ldap(_, ldap) => ldap.server_states(),
+                Kind::Passwd(_) | Kind::PasswdFile(..) => Vec::new(),
+            };
+            (resolver.label(), servers)
+        })
+    }
+
     /// Re-reads files that have changed. Blocks; to be called about once a second.
     pub fn refresh(&self) {
         self.aliases.refresh();
         for resolver in &self.resolvers {
-            if let Resolver::PasswdFile(_, file) = resolver {
+            if let Kind::PasswdFile(_, file) = &resolver.kind {
                 file.refresh();
             }
         }
@@ -216,11 +225,11 @@ impl Chain {
         // What directory entries have led to; most addresses lead to a user at once.
         let mut seen = HashSet::new();
         let mut queue = VecDeque::new();
-        let mut next = Some(address.clone());
+        let mut next = Some(Cow::Borrowed(address));
         while let Some(current) = next {
             let expansion = self.aliases.expand(&current, is_ours, &self.delimiters);
             // A target that nobody has is its owner's mistake, and no reason to refuse the others' mail.
-            let is_target = !expansion.steps.is_empty() || current != *address;
+            let is_target = !expansion.steps.is_empty() || *current != *address;
             for step in expansion.steps {
                 trace.tell(|| {
                     let targets = step.targets.iter().map(ToString::to_string).collect();
@@ -243,10 +252,8 @@ impl Chain {
                         all.add(Resolution::unjudged("alias target is unknown"), trace);
                     }
                     Found::Resolution(mut one) => {
-                        for user in &mut one.users {
-                            // As local(8) has it: what an alias says without a domain is in the domain of the alias.
-                            user.address = user.address.clone().qualified_like(address);
-                        }
+                        // As local(8) has it: what an alias says without a domain is in the domain of the alias.
+                        one.users.iter_mut().for_each(|user| user.address.qualify_like(address));
                         all.add(one, trace);
                     }
                     Found::Forward(targets) => {
@@ -259,7 +266,7 @@ impl Chain {
                     }
                 }
             }
-            next = queue.pop_front();
+            next = queue.pop_front().map(Cow::Owned);
         }
         if all.is_nobody() && !seen.is_empty() {
             all.add(Resolution::unjudged("forward addresses lead in a circle"), trace);
@@ -306,75 +313,108 @@ impl Chain {
 
 impl Resolution {
     fn add(&mut self, other: Self, trace: &mut Trace<'_>) {
-        for user in other.users {
-            let same = |known: &ResolvedUser| known.user == user.user && known.extension == user.extension;
-            if !self.users.iter().any(same) {
-                self.users.push(user);
-            }
+        if self.users.is_empty() {
+            self.users = other.users;
+        } else {
+            self.add_users(other.users);
         }
         if let Some(why) = other.unjudged {
             trace.tell(|| Step::Unjudged(why.clone()));
             self.unjudged.get_or_insert(why);
         }
     }
+
+    fn add_users(&mut self, users: Vec<ResolvedUser>) {
+        for user in users {
+            let same = |known: &ResolvedUser| known.user == user.user && known.extension == user.extension;
+            if !self.users.iter().any(same) {
+                self.users.push(user);
+            }
+        }
+    }
 }
 
 impl Lookup {
-    fn shown(answer: &Result<(Self, &'static str), Unavailable>) -> String {
+    fn shown(answer: &Result<(Self, AnswerSource), Unavailable>) -> String {
+        let source = match answer {
+            Ok((_, AnswerSource::Cache)) => " (from cache)",
+            Ok((_, AnswerSource::Stale)) => " (stale: no server answers)",
+            _ => "",
+        };
         match answer {
-            Ok((Self::User(user, _), source)) => format!("user {}{source}", user.name),
-            Ok((Self::Unjudged(why), source)) => format!("{why}{source}"),
-            Ok((Self::Forward(targets), source)) => {
+            Ok((Self::User(user, _), _)) => format!("user {}{source}", user.name),
+            Ok((Self::Unjudged(why), _)) => format!("{why}{source}"),
+            Ok((Self::Forward(targets), _)) => {
                 let targets: Vec<_> = targets.iter().map(ToString::to_string).collect();
                 format!("forward to {}{source}", targets.join(", "))
             }
-            Ok((Self::NotFound, source)) => format!("not found{source}"),
+            Ok((Self::NotFound, _)) => format!("not found{source}"),
             Err(unavailable) => format!("could not be asked: {}", unavailable.reason),
         }
     }
 }
 
 impl Resolver {
+    fn new(config: &ResolverConfig, metrics: ResolverMetrics) -> Self {
+        let kind = match config {
+            ResolverConfig::Passwd(config) => {
+                Kind::Passwd(Passwd::new(config.min_uid, metrics.latency.clone()))
+            }
+            ResolverConfig::PasswdFile(config) => {
+                Kind::PasswdFile(config.path.clone(), PasswdFile::open(&config.path))
+            }
+            ResolverConfig::Ldap(config) => {
+                let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
+                let resolver = LdapResolver::counted((**config).clone(), metrics.clone());
+                Kind::Ldap(servers.join(" "), Box::new(resolver))
+            }
+        };
+        Self { kind, metrics }
+    }
+
     /// The name for messages.
     fn label(&self) -> String {
-        match self {
-            Self::Passwd(_) => "passwd".into(),
-            Self::PasswdFile(path, _) => format!("passwd-file {}", path.display()),
-            Self::Ldap(servers, _) => format!("ldap {servers}"),
+        match &self.kind {
+            Kind::Passwd(_) => "passwd".into(),
+            Kind::PasswdFile(path, _) => format!("passwd-file {}", path.display()),
+            Kind::Ldap(servers, _) => format!("ldap {servers}"),
         }
     }
 
-    /// The answer, and a note about where it comes from.
-    async fn lookup(&self, name: &Address) -> Result<(Lookup, &'static str), Unavailable> {
+    /// The answer, and where it comes from. Counts it.
+    async fn lookup(&self, name: &Address) -> Result<(Lookup, AnswerSource), Unavailable> {
+        let answer = self.ask(name).await;
+        let source = answer.as_ref().map_or(AnswerSource::Unavailable, |(_, source)| *source);
+        self.metrics.lookups.of(source).inc();
+        answer
+    }
+
+    async fn ask(&self, name: &Address) -> Result<(Lookup, AnswerSource), Unavailable> {
         let unavailable =
             |reason: String| Err(Unavailable { resolver: self.label(), reason, on_error: None });
-        match self {
-            Self::Passwd(passwd) => {
+        match &self.kind {
+            Kind::Passwd(passwd) => {
                 let Ok(user) = UserName::try_from(name.local().to_owned()) else {
-                    return Ok((Lookup::NotFound, ""));
+                    return Ok((Lookup::NotFound, AnswerSource::Cache));
                 };
-                let answer = match passwd.lookup(name.local()).await {
-                    Ok(passwd::Answer::Found) => {
-                        Lookup::User(User { name: user, account: Account::Passwd, program: None }, None)
+                match passwd.lookup(name.local()).await {
+                    Ok((passwd::Answer::Found, source)) => {
+                        let user = User { name: user, account: Account::Passwd, program: None };
+                        Ok((Lookup::User(user, None), source))
                     }
-                    Ok(passwd::Answer::System) => Lookup::Unjudged(format!("{user} is a system account")),
-                    Ok(passwd::Answer::NotFound) => Lookup::NotFound,
-                    Err(error) => return unavailable(error.to_string()),
-                };
-                Ok((answer, ""))
+                    Ok((passwd::Answer::System, source)) => {
+                        Ok((Lookup::Unjudged(format!("{user} is a system account")), source))
+                    }
+                    Ok((passwd::Answer::NotFound, source)) => Ok((Lookup::NotFound, source)),
+                    Err(error) => unavailable(error.to_string()),
+                }
             }
-            Self::PasswdFile(_, file) => match file.lookup(name.local(), name.domain()) {
-                passwd_file::Answer::Found(entry) => match UserName::try_from(entry.name) {
-                    Ok(name) => {
-                        let account = Account::Virtual { uid: entry.uid, gid: entry.gid, home: entry.home };
-                        Ok((Lookup::User(User { name, account, program: None }, None), ""))
-                    }
-                    Err(why) => unavailable(why),
-                },
-                passwd_file::Answer::NotFound => Ok((Lookup::NotFound, "")),
+            Kind::PasswdFile(_, file) => match file.lookup(name) {
+                passwd_file::Answer::Found(user) => Ok((Lookup::User(user, None), AnswerSource::File)),
+                passwd_file::Answer::NotFound => Ok((Lookup::NotFound, AnswerSource::File)),
                 passwd_file::Answer::Unavailable(reason) => unavailable(reason),
             },
-            Self::Ldap(_, ldap) => match ldap.lookup_with_source(name).await {
+            Kind::Ldap(_, ldap) => match ldap.lookup_with_source(name).await {
                 Ok((answer, source)) => {
                     let lookup = match &*answer {
                         LdapAnswer::Found(found) => Lookup::User(found.user.clone(), found.rules.clone()),
@@ -382,9 +422,9 @@ impl Resolver {
                         LdapAnswer::NotFound => Lookup::NotFound,
                     };
                     let source = match source {
-                        ldap::Source::Server => "",
-                        ldap::Source::Cache => " (from cache)",
-                        ldap::Source::Stale => " (stale: no server answers)",
+                        ldap::Source::Server => AnswerSource::Asked,
+                        ldap::Source::Cache => AnswerSource::Cache,
+                        ldap::Source::Stale => AnswerSource::Stale,
                     };
                     Ok((lookup, source))
                 }

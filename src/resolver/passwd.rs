@@ -1,9 +1,14 @@
 //! The host's users, as NSS knows them (nsswitch.conf(5), getpwnam(3)).
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use moka::future::Cache;
 use nix::unistd::User as Entry;
+
+use crate::metrics::{AnswerSource, Histogram};
 
 /// How long an answer is remembered. Short, so that a new account is soon known.
 const TTL: Duration = Duration::from_secs(10);
@@ -15,6 +20,7 @@ const CAPACITY: u64 = 10_000;
 #[derive(Debug)]
 pub(super) struct Passwd {
     min_uid: u32,
+    latency: Histogram,
     cache: Cache<String, Answer>,
 }
 
@@ -30,10 +36,10 @@ pub(super) enum Answer {
 }
 
 impl Passwd {
-    /// `min_uid`: users below are system accounts.
-    pub(super) fn new(min_uid: u32) -> Self {
+    /// `min_uid`: users below are system accounts. `latency`: how long NSS takes is counted there.
+    pub(super) fn new(min_uid: u32, latency: Histogram) -> Self {
         let cache = Cache::builder().max_capacity(CAPACITY).time_to_live(TTL).build();
-        Self { min_uid, cache }
+        Self { min_uid, latency, cache }
     }
 
     /// Looks a login name up; simultaneous questions about one name are asked once.
@@ -41,21 +47,24 @@ impl Passwd {
     /// # Errors
     ///
     /// Why NSS could not be asked. Not remembered.
-    pub(super) async fn lookup(&self, name: &str) -> Result<Answer, Arc<std::io::Error>> {
+    pub(super) async fn lookup(&self, name: &str) -> Result<(Answer, AnswerSource), Arc<std::io::Error>> {
         if let Some(answer) = self.cache.get(name).await {
-            return Ok(answer);
+            return Ok((answer, AnswerSource::Cache));
         }
         let min_uid = self.min_uid;
         let owned = name.to_owned();
-        let ask = async move {
+        let ask = async {
+            let started = Instant::now();
             let entry = tokio::task::spawn_blocking(move || Entry::from_name(&owned)).await;
+            self.latency.observe(started.elapsed());
             Ok(match entry.map_err(std::io::Error::other)?? {
                 Some(entry) if entry.uid.as_raw() >= min_uid => Answer::Found,
                 Some(_) => Answer::System,
                 None => Answer::NotFound,
             })
         };
-        self.cache.try_get_with(name.to_owned(), ask).await
+        let answer = self.cache.try_get_with(name.to_owned(), ask).await?;
+        Ok((answer, AnswerSource::Asked))
     }
 }
 
@@ -65,9 +74,14 @@ mod tests {
 
     #[tokio::test]
     async fn system_accounts_exist_but_are_not_judged() {
-        let passwd = Passwd::new(1000);
-        assert_eq!(passwd.lookup("root").await.unwrap(), Answer::System);
-        assert_eq!(passwd.lookup("umt-nobody-has-this-name").await.unwrap(), Answer::NotFound);
-        assert_eq!(Passwd::new(0).lookup("root").await.unwrap(), Answer::Found);
+        let latency = Histogram::default();
+        let passwd = Passwd::new(1000, latency.clone());
+        assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Asked));
+        assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Cache));
+        let nobody = passwd.lookup("umt-nobody-has-this-name").await.unwrap();
+        assert_eq!(nobody, (Answer::NotFound, AnswerSource::Asked));
+        assert_eq!(latency.percentiles().count, 2);
+        let passwd = Passwd::new(0, Histogram::default());
+        assert_eq!(passwd.lookup("root").await.unwrap().0, Answer::Found);
     }
 }

@@ -21,6 +21,8 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
+use crate::metrics::{ConnectionMetrics, OneMore, Service};
+
 /// Pause after accept(2) failed, for instance because descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -71,11 +73,12 @@ impl Listener {
 }
 
 impl Stream {
-    /// Has what was just read acknowledged without delay (TCP_QUICKACK, tcp(7), which the kernel takes back on its own).
+    /// Has what was read acknowledged now (TCP_QUICKACK, tcp(7), which the kernel takes back on its own), for when more must
+    /// come before there is an answer, which would acknowledge it too.
     ///
     /// Sendmail writes macros and the command that they belong to in two small pieces, and waits with the second one for
-    /// the acknowledgement of the first: 40 ms for every stage.
-    pub(crate) fn acknowledge_at_once(&self) {
+    /// the acknowledgement of the first: 40 ms for every stage. Postfix writes everything up to the next answer at once.
+    pub(crate) fn acknowledge(&self) {
         if let Self::Tcp(stream) = self {
             // Slower, where it can't be set.
             let _ = stream.set_quickack(true);
@@ -86,24 +89,36 @@ impl Stream {
 /// Accepts for ever, and spawns `serve` for each connection; one beyond `limit` is closed at once.
 pub async fn accept_loop<F>(
     listener: Listener,
-    interface: &'static str,
+    service: Service,
     limit: usize,
     tracker: TaskTracker,
+    metrics: ConnectionMetrics,
     serve: impl Fn(Stream) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
+    let interface = service.as_str();
+    let why = match service {
+        Service::Milter | Service::Policy => "server.max-connections reached",
+        Service::Metrics | Service::Control => "as many as are served at a time are open",
+    };
     let refused = Arc::new(AtomicUsize::new(0));
     loop {
         match listener.accept().await {
             Ok(stream) if tracker.len() < limit => {
                 refused.store(0, Ordering::Relaxed);
-                tracker.spawn(serve(stream));
+                metrics.accepted.inc();
+                let (open, connection) = (OneMore::of(&metrics.open), serve(stream));
+                tracker.spawn(async move {
+                    connection.await;
+                    drop(open);
+                });
             }
             // Closing tells the MTA at once, which answers its client 4xx; left in the queue it would wait.
             Ok(_) => {
+                metrics.refused.inc();
                 if refused.fetch_add(1, Ordering::Relaxed) == 0 {
-                    warn!(interface, limit, "connection refused: server.max-connections reached");
+                    warn!(interface, limit, "connection refused: {why}");
                 }
             }
             Err(error) => {

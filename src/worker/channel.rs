@@ -25,8 +25,8 @@ use tracing::error;
 
 use crate::{
     monitor::{
-        self, End, Event, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report, Request,
-        Variable,
+        self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report,
+        Request, Variable,
     },
     sys,
     user::User,
@@ -68,6 +68,7 @@ pub struct Monitor {
     inspections: Arc<Semaphore>,
     log_entries: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
+    history: watch::Sender<History>,
 }
 
 /// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
@@ -150,24 +151,30 @@ impl Monitor {
     /// # Errors
     ///
     /// If the socket can't be watched.
-    pub fn new(socket: OwnedFd) -> io::Result<Arc<Self>> {
-        let monitor = Arc::new(Self {
+    pub fn new(socket: OwnedFd, history: History) -> io::Result<Arc<Self>> {
+        let monitor = Arc::new(Self::unheard(socket, history)?);
+        tokio::spawn(Arc::clone(&monitor).listen());
+        Ok(monitor)
+    }
+
+    /// Before anybody listens.
+    fn unheard(socket: OwnedFd, history: History) -> io::Result<Self> {
+        Ok(Self {
             socket: sys::watch(socket)?,
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
             inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
             log_entries: Arc::new(Semaphore::new(MAX_LOG_ENTRIES)),
             drain: watch::Sender::new(None),
-        });
-        tokio::spawn(Arc::clone(&monitor).listen());
-        Ok(monitor)
+            history: watch::Sender::new(history),
+        })
     }
 
     /// Says that the worker serves.
     ///
     /// # Errors
     ///
-    /// If the monitor is gone.
+    /// If it can't be said. As with every request, there is no answer at all if the monitor is gone.
     pub async fn ready(&self) -> io::Result<()> {
         self.send_packet(&Request::Ready, &[]).await
     }
@@ -175,6 +182,11 @@ impl Monitor {
     /// Resolves when the monitor asks to drain, or changes how.
     pub fn drain(&self) -> watch::Receiver<Option<Drain>> {
         self.drain.subscribe()
+    }
+
+    /// What the monitor remembers.
+    pub fn history(&self) -> watch::Receiver<History> {
+        self.history.subscribe()
     }
 
     /// Finds out what a user has.
@@ -304,7 +316,12 @@ impl Monitor {
         let raw: Vec<_> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
         let send =
             |socket: &OwnedFd| sys::send_with_descriptors(socket, &packet, &raw).map_err(io::Error::from);
-        self.socket.async_io(Interest::WRITABLE, send).await
+        match self.socket.async_io(Interest::WRITABLE, send).await {
+            // Whoever asks must not take it for trouble with one filter, and let mail in: the listener is about to end
+            // the process, and the MTA will hear from nobody.
+            Err(error) if is_gone(&error) => std::future::pending().await,
+            sent => sent,
+        }
     }
 
     /// Hands events to those who wait for them; ends the process when the monitor is gone, since nobody could be
@@ -333,10 +350,18 @@ impl Monitor {
                 Ok(Event::Drain { connections }) => {
                     self.drain.send_replace(Some(Drain { connections }));
                 }
+                Ok(Event::ReloadFailed { error }) => {
+                    self.history.send_modify(|history| history.reload_failed(&error));
+                }
                 Err(malformed) => error!(error = %malformed, "the monitor speaks another language"),
             }
         }
     }
+}
+
+/// Whether the monitor has closed its end, so that it is dead.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 fn report_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -436,5 +461,16 @@ mod tests {
         }
         writer.await.unwrap();
         assert_eq!(capture.bytes, b"abcabcabc");
+    }
+
+    #[tokio::test]
+    async fn a_monitor_that_is_gone_is_no_error_that_could_let_mail_in() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let monitor = Monitor::unheard(ours, History::new(None)).unwrap();
+        monitor.ready().await.unwrap();
+        drop(theirs);
+        assert!(timeout(Duration::from_millis(50), monitor.ready()).await.is_err(), "an answer from nobody");
     }
 }

@@ -3,8 +3,14 @@
 
 mod accept;
 mod channel;
+mod http;
 
-use std::{future::Future, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use nix::{
     sys::{
@@ -21,7 +27,15 @@ use tracing::{error, info, warn};
 pub use accept::{Listener, Stream, accept_loop};
 pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
-use crate::{config::Config, logging::Chain, milter, pipeline::Pipeline, policy, sys};
+use crate::{
+    config::Config,
+    logging::Chain,
+    metrics::{Metrics, Service},
+    milter,
+    monitor::History,
+    pipeline::Pipeline,
+    policy, sys,
+};
 
 /// How often files of the configuration (aliases, passwd-files) are looked at.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
@@ -39,6 +53,12 @@ pub struct Inherited {
     pub milter: Vec<OwnedFd>,
     /// Listening sockets of the policy interface.
     pub policy: Vec<OwnedFd>,
+    /// Listening sockets for `/metrics` and health checks.
+    pub metrics: Vec<OwnedFd>,
+    /// Listening sockets for `usermilter status`.
+    pub control: Vec<OwnedFd>,
+    /// What happened before.
+    pub history: History,
 }
 
 /// Exit status of a worker whose configuration can't be used: EX_CONFIG of sysexits.h.
@@ -74,7 +94,8 @@ where
     F: Future<Output = i32>,
 {
     in_runtime(inherited, async |inherited| {
-        let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+        let monitor =
+            Monitor::new(inherited.channel, inherited.history).map_err(system("channel to the monitor"))?;
         monitor.ready().await.map_err(system("telling the monitor"))?;
         let status = command(inherited.settings, Arc::clone(&monitor)).await;
         std::mem::forget(monitor);
@@ -86,8 +107,11 @@ fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<
     // Open until the process is gone: the monitor kills a worker that closes its channel, and why would be lost.
     std::mem::forget(inherited.channel.try_clone());
     let outcome = prepare_process(&inherited).and_then(|()| {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads())
+            .enable_all()
+            .build()
+            .map_err(system("tokio"))?;
         runtime.block_on(body(inherited))
     });
     match outcome {
@@ -100,6 +124,12 @@ fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<
             }
         }
     }
+}
+
+/// Half as many as there are processors: the MTA and the filters, for whom the others are, use more of them than the worker
+/// does, and each message that one thread hands to another costs two system calls.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
 }
 
 /// Leaves nothing of the monitor but what is needed.
@@ -146,10 +176,13 @@ fn drop_privileges(name: &str) -> Result<(), WorkerError> {
 
 async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     let settings = inherited.settings;
-    let monitor = Monitor::new(inherited.channel).map_err(system("channel to the monitor"))?;
+    let monitor =
+        Monitor::new(inherited.channel, inherited.history).map_err(system("channel to the monitor"))?;
     // Transactions and policy requests under way; connections have trackers of their own.
     let transactions = TaskTracker::new();
-    let pipeline = Arc::new(Pipeline::new(Arc::clone(&settings), &monitor, transactions.clone()));
+    let metrics = Arc::new(Metrics::new(&settings, monitor.history()));
+    let pipeline = Pipeline::new(Arc::clone(&settings), &monitor, transactions.clone(), Arc::clone(&metrics));
+    let pipeline = Arc::new(pipeline);
     let drain = monitor.drain();
 
     let milter = milter::Service::new(Arc::clone(&pipeline), &settings, transactions.clone());
@@ -161,20 +194,44 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
         |sockets: Vec<OwnedFd>| sockets.into_iter().map(Listener::new).collect::<Result<Vec<_>, _>>();
     let milter_listeners = listeners(inherited.milter).map_err(system("milter socket"))?;
     let policy_listeners = listeners(inherited.policy).map_err(system("policy socket"))?;
+    let metrics_listeners = listeners(inherited.metrics).map_err(system("metrics socket"))?;
+    let control_listeners = listeners(inherited.control).map_err(system("control socket"))?;
     // Nothing can fail from here on: no connection is accepted that would be lost with a worker that is not wanted.
     monitor.ready().await.map_err(system("telling the monitor"))?;
     let mut acceptors = Vec::new();
     for listener in milter_listeners {
         let (service, tracker) = (milter.clone(), milter_connections.clone());
-        acceptors.push(tokio::spawn(accept_loop(listener, "milter", limit, tracker, move |stream| {
-            service.clone().serve(stream)
-        })));
+        let counted = metrics.connections.of(Service::Milter).clone();
+        let serve = move |stream| service.clone().serve(stream);
+        let accept = accept_loop(listener, Service::Milter, limit, tracker, counted, serve);
+        acceptors.push(tokio::spawn(accept));
     }
     for listener in policy_listeners {
         let (service, tracker, drain) = (Arc::clone(&policy), policy_connections.clone(), drain.clone());
-        acceptors.push(tokio::spawn(accept_loop(listener, "policy", limit, tracker, move |stream| {
-            policy::serve(Arc::clone(&service), stream, drain.clone())
-        })));
+        let counted = metrics.connections.of(Service::Policy).clone();
+        let serve = move |stream| policy::serve(Arc::clone(&service), stream, drain.clone());
+        let accept = accept_loop(listener, Service::Policy, limit, tracker, counted, serve);
+        acceptors.push(tokio::spawn(accept));
+    }
+    let watched = Arc::new(http::Watched {
+        pipeline: Arc::clone(&pipeline),
+        settings: Arc::clone(&settings),
+        history: monitor.history(),
+        drain: drain.clone(),
+        monitor: inherited.monitor,
+        started: SystemTime::now(),
+    });
+    let mut watchers = Vec::new();
+    let watching = [TaskTracker::new(), TaskTracker::new()];
+    let sockets = [(Service::Metrics, metrics_listeners), (Service::Control, control_listeners)];
+    for ((service, listeners), tracker) in sockets.into_iter().zip(&watching) {
+        for listener in listeners {
+            let (watched, counted) = (Arc::clone(&watched), metrics.connections.of(service).clone());
+            let serve = move |stream| http::serve(Arc::clone(&watched), service, stream);
+            let tracker = tracker.clone();
+            let accept = accept_loop(listener, service, http::MAX_CONNECTIONS, tracker, counted, serve);
+            watchers.push(tokio::spawn(accept));
+        }
     }
     tokio::spawn(refresh(Arc::clone(&pipeline)));
 
@@ -183,6 +240,10 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
     acceptors.iter().for_each(tokio::task::JoinHandle::abort);
     for acceptor in acceptors {
         let _ = acceptor.await;
+    }
+    // With another worker in place, it is that one's turn; else whoever watches can go on until the end.
+    if mode.connections {
+        watchers.iter().for_each(tokio::task::JoinHandle::abort);
     }
     for tracker in [&transactions, &milter_connections, &policy_connections] {
         tracker.close();
@@ -203,7 +264,16 @@ async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
         warn!(transactions = transactions.len(), "drain time is over; leaving");
     }
     milter.close().await;
-    let _ = timeout(Duration::from_secs(1), milter_connections.wait()).await;
+    // Nor is anybody left without an answer who asked before the next worker was there.
+    watchers.iter().for_each(tokio::task::JoinHandle::abort);
+    let finish = async {
+        milter_connections.wait().await;
+        for connections in &watching {
+            connections.close();
+            connections.wait().await;
+        }
+    };
+    let _ = timeout(Duration::from_secs(1), finish).await;
     Ok(())
 }
 

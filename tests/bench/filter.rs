@@ -81,7 +81,7 @@ pub(crate) fn latency(_: &Site, plan: Plan) -> Outcome {
 }
 
 /// Runs per second of a user's filter with nothing around it.
-fn runs(site: &Site, plan: Plan, at_a_time: usize, user: &str, input: &Path) -> f64 {
+pub(crate) fn runs(site: &Site, plan: Plan, at_a_time: usize, user: &str, input: &Path) -> f64 {
     let account = site.users.account(user);
     let ids = (account.uid, account.gid);
     Floor::spawn(plan.duration, at_a_time, ids, &site.message_filter(user), input)

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use crate::common::process::Server;
-use crate::common::{PATIENCE, free_port, wait_until};
+use crate::common::{PATIENCE, Sandbox, free_port, wait_until};
 use crate::load;
 use crate::spawn::{self, Program};
 
@@ -61,6 +61,22 @@ impl Floor {
     /// Starts the milter.
     pub(crate) fn milter() -> Running {
         start("milter")
+    }
+
+    /// Compiles and starts the milter in C; `None` without libmilter.
+    pub(crate) fn libmilter(sandbox: &Sandbox) -> Option<Running> {
+        let program = sandbox.join("libmilter");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/libmilter.c");
+        let mut compile = Command::new("cc");
+        compile.args(["-O2", "-o"]).arg(&program).args([source, "-lmilter", "-lpthread"]);
+        if !compile.status().is_ok_and(|status| status.success()) {
+            return None;
+        }
+        let port = free_port();
+        let mut command = Command::new(program);
+        command.arg(format!("inet:{port}@127.0.0.1")).stdin(Stdio::null()).stdout(Stdio::null());
+        let server = Server::start(&mut command);
+        Some(Running { address: wait_for_listener(port), server })
     }
 
     /// Runs a program as often as can be, as a user, so many at a time; runs per second.

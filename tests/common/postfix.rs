@@ -65,6 +65,11 @@ impl Postfix {
         self.port
     }
 
+    /// The pid of master(8).
+    pub fn pid(&self) -> u32 {
+        self.server.pid()
+    }
+
     /// The directory that holds everything of this instance (etc, spool, mail, maillog).
     pub fn directory(&self) -> &Path {
         self.sandbox.path()
@@ -292,6 +297,16 @@ impl Builder {
     fn render_master_cf(&self, port: u16) -> String {
         format!("127.0.0.1:{port} inet n - n - - smtpd\n{SERVICES}")
     }
+}
+
+/// A fragment of main.cf from `postfix/`, in which nothing is changed but an address; for [`Builder::main_cf`].
+#[track_caller]
+pub fn fragment(name: &str, from: &str, to: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("postfix").join(name);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let active: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    assert_eq!(active.join("\n").matches(from).count(), 1, "{name} has {from} once");
+    text.replace(from, to)
 }
 
 /// What every instance has, in main.cf's words.

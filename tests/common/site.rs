@@ -163,7 +163,13 @@ impl SiteBuilder {
     /// Starts usermilter.
     #[track_caller]
     pub fn start(self) -> Site {
-        let daemon = Usermilter::start(&self.config());
+        self.start_under(&[])
+    }
+
+    /// Starts usermilter as [`Usermilter::start_under`] does.
+    #[track_caller]
+    pub fn start_under(self, wrapper: &[String]) -> Site {
+        let daemon = Usermilter::start_under(wrapper, &self.config());
         Site { daemon, users: self.users, sandbox: self.sandbox, milter: self.milter, policy: self.policy }
     }
 }

@@ -104,7 +104,7 @@ impl StandIn {
         loop {
             match self.event(Duration::from_secs(60)) {
                 Some(Event::Drain { .. }) | None => return 0,
-                Some(Event::Finished { .. }) => (),
+                Some(_) => (),
             }
         }
     }

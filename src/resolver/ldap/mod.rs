@@ -18,7 +18,7 @@ use std::{
 };
 
 use moka::{Expiry, future::Cache};
-pub use servers::Timing;
+pub use servers::{ServerState, Timing};
 
 use self::{
     connection::Query,
@@ -27,6 +27,7 @@ use self::{
 use crate::{
     address::Address,
     config::{OnError, ldap::LdapConfig},
+    metrics::{Histogram, ResolverMetrics},
     rules::Rules,
     user::User,
 };
@@ -117,6 +118,7 @@ pub struct LdapResolver {
     stale: Cache<Address, Arc<LdapAnswer>>,
     serving_stale: AtomicBool,
     counters: Counters,
+    latency: Histogram,
 }
 
 #[derive(Default)]
@@ -135,11 +137,21 @@ impl LdapResolver {
         Self::with_timing(config, Timing::default())
     }
 
+    /// As [`LdapResolver::new`]; counts how long servers take and how often they fail.
+    pub fn counted(config: LdapConfig, metrics: ResolverMetrics) -> Self {
+        Self::build(config, Timing::default(), metrics)
+    }
+
     /// As [`LdapResolver::new`], with other waits than the built-in ones, for tests that can't wait a minute.
     pub fn with_timing(config: LdapConfig, timing: Timing) -> Self {
+        Self::build(config, timing, ResolverMetrics::default())
+    }
+
+    fn build(config: LdapConfig, timing: Timing, metrics: ResolverMetrics) -> Self {
         let config = Arc::new(config);
         Self {
-            servers: Arc::new(Servers::new(Arc::clone(&config), timing)),
+            servers: Arc::new(Servers::new(Arc::clone(&config), timing, metrics.server_failures)),
+            latency: metrics.latency,
             attributes: attributes(&config),
             fresh: Cache::builder()
                 .max_capacity(config.cache_size)
@@ -177,7 +189,9 @@ impl LdapResolver {
             return Ok((answer, Source::Cache));
         }
         // All who ask now about this address wait for one search.
+        let started = Instant::now();
         let fetched = self.fresh.try_get_with_by_ref(address, self.fetch(address.clone())).await;
+        self.latency.observe(started.elapsed());
         match fetched {
             Ok(answer) => Ok((answer, Source::Server)),
             Err(fault) => self.without_server(address, &fault).await,
@@ -187,6 +201,11 @@ impl LdapResolver {
     /// What mail gets whose recipient can't be looked up.
     pub fn on_error(&self) -> OnError {
         self.config.on_error
+    }
+
+    /// What is known of each server, in the order of the configuration.
+    pub fn server_states(&self) -> Vec<ServerState> {
+        self.servers.states()
     }
 
     /// What happened so far.

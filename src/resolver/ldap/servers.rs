@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use prometheus_client::metrics::counter::Counter;
 use rustls::{ClientConfig, RootCertStore, crypto::ring};
 
 use super::{
@@ -72,6 +73,19 @@ pub(super) struct Servers {
     state: Mutex<State>,
     /// Held while connecting, so that a thousand questions make one connection.
     connecting: tokio::sync::Mutex<()>,
+    /// How often each failed.
+    failed: Vec<Counter>,
+}
+
+/// What is known of a server.
+#[derive(Clone, Debug)]
+pub struct ServerState {
+    /// Its address.
+    pub uri: String,
+    /// Whether there is a connection to it, which is used.
+    pub in_use: bool,
+    /// How long ago it last failed, and why, unless it has answered since.
+    pub failure: Option<(Duration, String)>,
 }
 
 #[derive(Debug)]
@@ -101,7 +115,7 @@ enum Admission {
 }
 
 impl Servers {
-    pub(super) fn new(config: Arc<LdapConfig>, timing: Timing) -> Self {
+    pub(super) fn new(config: Arc<LdapConfig>, timing: Timing, failed: Vec<Counter>) -> Self {
         let failures = vec![None; config.uri.len()];
         Self {
             tls: config.authorities().and_then(tls_config),
@@ -109,6 +123,7 @@ impl Servers {
             timing,
             state: Mutex::new(State { current: None, failures, outage: None }),
             connecting: tokio::sync::Mutex::new(()),
+            failed,
         }
     }
 
@@ -136,6 +151,18 @@ impl Servers {
             }
         }
         Err(NoEntries::Outage(self.no_answer(admission)))
+    }
+
+    pub(super) fn states(&self) -> Vec<ServerState> {
+        let state = self.state();
+        let current = state.current.as_ref().map(|connection| connection.server());
+        let servers = self.config.uri.iter().zip(&state.failures).enumerate();
+        let each = servers.map(|(n, (uri, failure))| ServerState {
+            uri: uri.to_string(),
+            in_use: current == Some(n),
+            failure: failure.as_ref().map(|(when, why)| (when.elapsed(), why.clone())),
+        });
+        each.collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -237,6 +264,9 @@ impl Servers {
 
     fn failed(&self, state: &mut State, server: usize, reason: String) {
         let uri = &self.config.uri[server];
+        if let Some(counter) = self.failed.get(server) {
+            counter.inc();
+        }
         if state.outage.is_none() && state.failures[server].is_none() {
             tracing::warn!(%uri, reason, "LDAP server failed");
         } else {
