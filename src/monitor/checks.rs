@@ -9,6 +9,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use nix::{
@@ -233,12 +234,39 @@ pub(super) fn open_for_appending(path: &Path, uid: u32) -> Result<Option<(PathBu
     Ok(Some((real, file.into())))
 }
 
-/// The text of a regular file, or `None` if there is none. Special files are not waited for.
+/// A file that was changed so short a time ago may be half-written: it is read again until it stays the same. Programs that
+/// write in place are done within a fraction of it.
+const UNSETTLED: Duration = Duration::from_millis(50);
+
+/// The text of a regular file, or `None` if there is none. Special files are not waited for; one that is just being
+/// written is.
 ///
 /// # Errors
 ///
 /// [`CheckError`] if it is no regular file, can't be read, is longer than `limit` bytes, or not UTF-8.
 pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, CheckError> {
+    settled(|| read_text_once(path, limit), || std::thread::sleep(UNSETTLED))
+}
+
+/// Reads, with the time of the last change, until nothing changes.
+fn settled(
+    mut read: impl FnMut() -> Result<Option<(String, SystemTime)>, CheckError>,
+    mut wait: impl FnMut(),
+) -> Result<Option<String>, CheckError> {
+    let mut last = None;
+    loop {
+        let Some((text, changed)) = read()? else { return Ok(None) };
+        // A time to come is of a clock that was set back.
+        let is_settled = changed.elapsed().map_or(true, |age| age > UNSETTLED);
+        if is_settled || last.as_ref() == Some(&text) {
+            return Ok(Some(text));
+        }
+        last = Some(text);
+        wait();
+    }
+}
+
+fn read_text_once(path: &Path, limit: u64) -> Result<Option<(String, SystemTime)>, CheckError> {
     use std::io::Read;
     // Opening a device or a FIFO can wait or have an effect (a tty would become the session's): look first.
     let file = match open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(io::Error::from) {
@@ -249,12 +277,14 @@ pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Check
     check_regular(path, stat.st_mode)?;
     let file = sys::reopen_for_reading(&file).map_err(|error| CheckError::system(path, error))?;
     let file = fs::File::from(file);
+    let changed = file.metadata().and_then(|metadata| metadata.modified());
+    let changed = changed.map_err(|error| CheckError::system(path, error))?;
     let mut text = String::new();
     file.take(limit + 1).read_to_string(&mut text).map_err(|error| CheckError::system(path, error))?;
     if text.len() as u64 > limit {
         return Err(CheckError::failed(path, format!("longer than {limit} bytes")));
     }
-    Ok(Some(text))
+    Ok(Some((text, changed)))
 }
 
 #[cfg(test)]
@@ -374,5 +404,22 @@ mod tests {
         assert!(read_text(&scene.path("long"), 10).is_err());
         assert_eq!(read_text(&scene.path("long"), 11).unwrap().as_deref(), Some("12345678901"));
         assert_eq!(read_text(&scene.path("none"), 10).unwrap(), None);
+    }
+
+    #[test]
+    fn a_text_that_is_being_written_is_read_until_it_stays_the_same() {
+        let read_in_turn = |texts: &[&str], age: Duration| {
+            let mut waits = 0;
+            let mut texts = texts.iter();
+            let read = || Ok(texts.next().map(|text| ((*text).to_owned(), SystemTime::now() - age)));
+            let text = settled(read, || waits += 1).unwrap();
+            (text, waits)
+        };
+        let text = |text: &str| Some(text.to_owned());
+        let now = Duration::ZERO;
+        assert_eq!(read_in_turn(&["half", "whole", "whole", "x"], now), (text("whole"), 2));
+        assert_eq!(read_in_turn(&["", "half", "half", "x"], now), (text("half"), 2));
+        assert_eq!(read_in_turn(&["whole", "x"], UNSETTLED * 2), (text("whole"), 0));
+        assert_eq!(read_in_turn(&[], now), (None, 0));
     }
 }

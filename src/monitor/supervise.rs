@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     config::{Config, ConfigError},
-    logging::Chain,
+    logging::{Chain, tell_lost},
     sys::{self, ChildEnd},
     worker::{self, Inherited},
 };
@@ -238,6 +238,7 @@ impl Monitor {
             }
             self.handle_requests();
             self.reload_if_wanted();
+            tell_lost();
             if self.handle_time().is_break() {
                 return Ok(());
             }

@@ -48,6 +48,13 @@ impl PasswdFile {
         self.source.problems()
     }
 
+    /// All users that were read last, with their lines, in that order.
+    pub fn users(&self) -> Vec<(usize, User)> {
+        let mut users: Vec<_> = self.source.current().values().cloned().collect();
+        users.sort_by_key(|(line, _)| *line);
+        users
+    }
+
     /// Looks for the whole address, then for its local part, in whatever case.
     pub fn lookup(&self, address: &Address) -> Answer {
         let users = match self.source.ask() {

@@ -28,6 +28,7 @@ use crate::{
         self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report,
         Request, Variable,
     },
+    shares::Shares,
     sys,
     user::User,
 };
@@ -65,18 +66,40 @@ pub struct Monitor {
     socket: AsyncFd<OwnedFd>,
     waiting: Mutex<HashMap<JobId, Waiting>>,
     next_job: AtomicU32,
-    inspections: Arc<Semaphore>,
-    log_entries: Arc<Semaphore>,
+    inspections: Limit,
+    log_entries: Limit,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
 }
 
-/// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
+/// Jobs that only touch files, under way at a time: one for each user, since a home that hangs must not keep others
+/// waiting, and not too many in all.
+#[derive(Debug)]
+struct Limit {
+    all: Arc<Semaphore>,
+    shares: Shares,
+}
+
+impl Limit {
+    fn new(all: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(all)), shares: Shares::new(1) }
+    }
+
+    /// The user's own permit first: whoever waits for it must not hold one of everybody's.
+    async fn take(&self, user: &User) -> Permits {
+        let own = self.shares.take(&user.name).await;
+        [own, Arc::clone(&self.all).acquire_owned().await.ok()]
+    }
+}
+
+type Permits = [Option<OwnedSemaphorePermit>; 2];
+
+/// Who waits for a job, and the permits that one for files takes until the monitor has reaped it, even if nobody waits
 /// any more: a worker that starts more than it may is ended. A filter is waited for to its end.
 #[derive(Debug)]
 struct Waiting {
     sender: oneshot::Sender<Ended>,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permits: Permits,
 }
 
 /// How a job ended.
@@ -163,8 +186,8 @@ impl Monitor {
             socket: sys::watch(socket)?,
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
-            inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
-            log_entries: Arc::new(Semaphore::new(MAX_LOG_ENTRIES)),
+            inspections: Limit::new(MAX_INSPECTIONS),
+            log_entries: Limit::new(MAX_LOG_ENTRIES),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
         })
@@ -196,7 +219,7 @@ impl Monitor {
     /// [`InspectError`]
     pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
         let request = |job| Request::Inspect { job, user: user.clone() };
-        let bytes = self.ask_about_files(&self.inspections, request).await?;
+        let bytes = self.ask_about_files(&self.inspections, user, request).await?;
         match monitor::decode(&bytes) {
             Ok(Report::Inspection(inspection)) => Ok(inspection),
             Ok(Report::Refusal(refusal)) => Err(refusal.into()),
@@ -211,7 +234,7 @@ impl Monitor {
     /// [`InspectError`]
     pub async fn append_to_log(&self, user: &User, text: String) -> Result<(), InspectError> {
         let request = |job| Request::Log { job, user: user.clone(), text: &text };
-        let bytes = self.ask_about_files(&self.log_entries, request).await?;
+        let bytes = self.ask_about_files(&self.log_entries, user, request).await?;
         match &bytes[..] {
             [] => Ok(()),
             bytes => match monitor::decode(bytes) {
@@ -224,12 +247,14 @@ impl Monitor {
     /// Has a job done that only touches a few files of a user's, and returns its report.
     async fn ask_about_files<'a>(
         &self,
-        limit: &Arc<Semaphore>,
+        limit: &Limit,
+        user: &User,
         request: impl FnOnce(JobId) -> Request<'a>,
     ) -> Result<Vec<u8>, InspectError> {
-        let permit = Arc::clone(limit).acquire_owned().await.map_err(io::Error::other)?;
+        let permits = timeout(FILES_TIME_LIMIT, limit.take(user)).await;
+        let permits = permits.map_err(|_| InspectError::NoAnswer)?;
         let (report, theirs) = report_pipe()?;
-        let (job, ended) = self.new_job(Some(permit));
+        let (job, ended) = self.new_job(permits);
         self.send(job, &request(job), &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
@@ -252,7 +277,7 @@ impl Monitor {
         let (mut output, their_output) = Capture::new(MAX_OUTPUT)?;
         let (mut error_output, their_error_output) = Capture::new(MAX_ERROR_OUTPUT)?;
         let RunRequest { user, phase, extension, variables, time_limit, message } = request;
-        let (job, mut ended) = self.new_job(None);
+        let (job, mut ended) = self.new_job(Permits::default());
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
         let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
         let extension = extension.as_deref();
@@ -288,10 +313,10 @@ impl Monitor {
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
 
-    fn new_job(&self, permit: Option<OwnedSemaphorePermit>) -> (JobId, oneshot::Receiver<Ended>) {
+    fn new_job(&self, permits: Permits) -> (JobId, oneshot::Receiver<Ended>) {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
-        self.waiting().insert(id, Waiting { sender, _permit: permit });
+        self.waiting().insert(id, Waiting { sender, _permits: permits });
         (id, receiver)
     }
 

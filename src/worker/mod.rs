@@ -29,7 +29,7 @@ pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
 use crate::{
     config::Config,
-    logging::Chain,
+    logging::{Chain, tell_lost},
     metrics::{Metrics, Service},
     milter,
     monitor::History,
@@ -37,8 +37,8 @@ use crate::{
     policy, sys,
 };
 
-/// How often files of the configuration (aliases, passwd-files) are looked at.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often files of the configuration (aliases, passwd-files) are looked at. A change in place takes two looks.
+const REFRESH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What the worker has from the monitor.
 #[derive(Debug)]
@@ -283,6 +283,7 @@ async fn refresh(pipeline: Arc<Pipeline>) {
         tokio::time::sleep(REFRESH_INTERVAL).await;
         let pipeline = Arc::clone(&pipeline);
         let _ = tokio::task::spawn_blocking(move || pipeline.refresh()).await;
+        tell_lost();
     }
 }
 

@@ -5,10 +5,11 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
 
 use super::process::Server;
@@ -120,6 +121,21 @@ impl Usermilter {
         }
     }
 
+    /// Leaves what is logged in the pipe, which is made as small as can be, from the next line on.
+    pub fn stop_reading_log(&self) {
+        self.log.set_reader(Reader::Stopped);
+    }
+
+    /// Ends [`Usermilter::stop_reading_log`].
+    pub fn go_on_reading_log(&self) {
+        self.log.set_reader(Reader::Reading);
+    }
+
+    /// Closes our end of the pipe after the next line.
+    pub fn close_log(&self) {
+        self.log.set_reader(Reader::Gone);
+    }
+
     /// The configuration file, to be overwritten before [`Usermilter::reload`].
     pub fn config_path(&self) -> &Path {
         &self.config
@@ -223,10 +239,20 @@ struct Log {
 struct LogState {
     lines: Vec<String>,
     closed: bool,
+    reader: Reader,
+}
+
+/// What becomes of the pipe.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Reader {
+    #[default]
+    Reading,
+    Stopped,
+    Gone,
 }
 
 impl Log {
-    fn collect(stream: impl std::io::Read + Send + 'static) -> Arc<Self> {
+    fn collect(stream: ChildStderr) -> Arc<Self> {
         let log = Arc::new(Log::default());
         let writer = Arc::clone(&log);
         std::thread::spawn(move || {
@@ -237,11 +263,25 @@ impl Log {
                 writer.state.lock().unwrap().lines.push(text);
                 writer.grown.notify_all();
                 line.clear();
+                let state = writer.state.lock().unwrap();
+                if state.reader == Reader::Stopped {
+                    // Refused while more than that is in it.
+                    let _ = fcntl(reader.get_ref(), FcntlArg::F_SETPIPE_SZ(4096));
+                }
+                let state = writer.grown.wait_while(state, |state| state.reader == Reader::Stopped).unwrap();
+                if state.reader == Reader::Gone {
+                    break;
+                }
             }
             writer.state.lock().unwrap().closed = true;
             writer.grown.notify_all();
         });
         log
+    }
+
+    fn set_reader(&self, reader: Reader) {
+        self.state.lock().unwrap().reader = reader;
+        self.grown.notify_all();
     }
 
     fn lines(&self) -> Vec<String> {
