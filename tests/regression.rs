@@ -26,8 +26,8 @@ const POLICY_REQUEST_WITH_RULES: f64 = 0.0;
 const MESSAGE_WITHOUT_FILTER: f64 = 0.0;
 
 /// System calls, likewise: a request is read, answered, and the next one waited for.
-const CALLS_OF_POLICY_REQUEST: f64 = 0.0;
-const CALLS_OF_MESSAGE_WITHOUT_FILTER: f64 = 0.0;
+const CALLS_OF_POLICY_REQUEST: f64 = 3.1;
+const CALLS_OF_MESSAGE_WITHOUT_FILTER: f64 = 7.1;
 
 /// How much more than what is written down fails: compilers differ, and so do system libraries.
 const MARGIN: f64 = 1.15;
@@ -130,7 +130,6 @@ fn page_tables(pid: u32) -> u64 {
 
 fn check(what: &str, cost: f64, recorded: f64) {
     println!("{what}: {cost:.2}, recorded {recorded}");
-    assert!(cost > recorded / 4.0, "{what} costs {cost:.2}, which can't be");
     assert!(
         cost < recorded * MARGIN,
         "{what} costs {cost:.2}, and {recorded} is written down in tests/regression.rs. Find out what has become dearer \
@@ -139,7 +138,9 @@ fn check(what: &str, cost: f64, recorded: f64) {
 }
 
 fn site() -> SiteBuilder {
-    Site::of(&[("alice", 5101), ("bob", 5102)]).set("filter", "inspect-ttl", r#""1h""#)
+    let site = Site::of(&[("alice", 5101), ("bob", 5102)]).set("filter", "inspect-ttl", r#""1h""#);
+    // The counts are written at the end, which takes a while.
+    site.set("server", "drain-timeout", r#""2m""#)
 }
 
 /// Fifty rules of which the last decides, by a file of senders.
@@ -200,7 +201,9 @@ fn instructions(site: impl Fn() -> SiteBuilder, ask: impl Fn(&Site, usize)) -> f
     let count = |requests| counts(site(), &callgrind, |site| ask(site, requests), of_process);
     let (once, twice) = (count(REQUESTS), count(2 * REQUESTS));
     assert_eq!(once.len(), twice.len(), "what a user has is looked at more than once");
-    (twice.iter().sum::<f64>() - once.iter().sum::<f64>()) / REQUESTS as f64 / 1000.0
+    let cost = (twice.iter().sum::<f64>() - once.iter().sum::<f64>()) / REQUESTS as f64 / 1000.0;
+    assert!(cost > 1.0, "{cost} thousand instructions: the worker has left no count");
+    cost
 }
 
 /// System calls of one request.
