@@ -12,7 +12,8 @@
 //!                                                 fork ─► become the user ─► check ─► exec
 //! ```
 //!
-//! * [`cli`], [`config`], [`logging`]: what starts it; [`metrics`] and [`status`]: what those see who watch;
+//! * [`cli`], [`config`] with [`spelling`], [`logging`]: what starts it; [`metrics`] and [`status`]: what those see who
+//!   watch;
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
 //! * [`address`], [`resolver`], [`user`]: who a recipient is;
@@ -41,6 +42,7 @@ pub mod resolver;
 pub mod rules;
 pub mod ruling;
 pub mod shares;
+pub mod spelling;
 pub mod spool;
 pub mod status;
 pub mod sys;

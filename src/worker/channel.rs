@@ -53,9 +53,6 @@ pub(super) const MAX_OUTPUT: usize = 32 * 1024;
 /// Bytes kept of a filter's standard error.
 pub(super) const MAX_ERROR_OUTPUT: usize = 16 * 1024;
 
-/// Bytes kept of a report that is no inspection.
-const MAX_REFUSAL: usize = 8 * 1024;
-
 /// How the drain is to go, once the monitor has asked for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drain {
@@ -236,7 +233,7 @@ impl Monitor {
     ///
     /// [`InspectError`]
     pub async fn append_to_log(&self, user: &User, text: String) -> Result<(), InspectError> {
-        let request = |job| Request::Log { job, user: user.clone(), text };
+        let request = |job| Request::Log { job, user: user.clone(), text: &text };
         let bytes = self.ask_about_files(&self.log_entries, user, request).await?;
         match &bytes[..] {
             [] => Ok(()),
@@ -248,11 +245,11 @@ impl Monitor {
     }
 
     /// Has a job done that only touches a few files of a user's, and returns its report.
-    async fn ask_about_files(
+    async fn ask_about_files<'a>(
         &self,
         limit: &Limit,
         user: &User,
-        request: impl FnOnce(JobId) -> Request,
+        request: impl FnOnce(JobId) -> Request<'a>,
     ) -> Result<Vec<u8>, InspectError> {
         let permits = timeout(FILES_TIME_LIMIT, limit.take(user)).await;
         let permits = permits.map_err(|_| InspectError::NoAnswer)?;
@@ -277,17 +274,18 @@ impl Monitor {
     ///
     /// If the monitor can't be asked.
     pub async fn run(&self, request: RunRequest) -> io::Result<Finished> {
-        let (mut refusal, their_report) = Capture::new(MAX_REFUSAL)?;
         let (mut output, their_output) = Capture::new(MAX_OUTPUT)?;
         let (mut error_output, their_error_output) = Capture::new(MAX_ERROR_OUTPUT)?;
         let RunRequest { user, phase, extension, variables, time_limit, message } = request;
         let (job, mut ended) = self.new_job(Permits::default());
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
+        let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
+        let extension = extension.as_deref();
         let packet = Request::Run { job, user, phase, extension, variables, time_limit };
         let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
-        descriptors.extend([&their_output, &their_error_output, &their_report]);
+        descriptors.extend([&their_output, &their_error_output]);
         self.send(job, &packet, &descriptors).await?;
-        drop((message, their_output, their_error_output, their_report));
+        drop((message, their_output, their_error_output));
 
         let ended = match timeout(FIRST_LOOK, &mut ended).await {
             Ok(ended) => ended,
@@ -303,15 +301,14 @@ impl Monitor {
             }
         };
         let ended = ended.map_err(io::Error::other)?;
-        for capture in [&mut output, &mut error_output, &mut refusal] {
-            capture.fill_now();
-        }
-        let refusal = match &refusal.bytes[..] {
-            [] => None,
-            bytes => match monitor::decode(bytes) {
+        output.fill_now();
+        error_output.fill_now();
+        let refusal = match ended.end {
+            End::NotRun => match monitor::decode(&std::mem::take(&mut output.bytes)) {
                 Ok(Report::Refusal(refusal)) => Some(refusal),
                 _ => Some(Refusal::Check("unreadable report".into())),
             },
+            _ => None,
         };
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
@@ -328,7 +325,7 @@ impl Monitor {
     }
 
     /// Sends a request for a job, of which nothing will be heard if that fails.
-    async fn send(&self, job: JobId, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send(&self, job: JobId, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let sent = self.send_packet(request, descriptors).await;
         if sent.is_err() {
             self.waiting().remove(&job);
@@ -336,7 +333,7 @@ impl Monitor {
         sent
     }
 
-    async fn send_packet(&self, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send_packet(&self, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let packet = monitor::encode(request).map_err(io::Error::other)?;
         if packet.len() > MAX_PACKET {
             return Err(io::Error::other("request is too long for the monitor"));

@@ -19,6 +19,9 @@ use super::{PATIENCE, wait_until};
 /// Longer than a drain of the tests' configurations.
 const TERMINATION: Duration = Duration::from_secs(30);
 
+/// valgrind takes fifty times as long for everything.
+const PATIENCE_WITH_WRAPPER: Duration = Duration::from_secs(120);
+
 /// A running `usermilter serve`; ended when dropped, its log printed if the test is failing.
 #[derive(Debug)]
 pub struct Usermilter {
@@ -35,10 +38,10 @@ impl Usermilter {
         Self::launch(config, None, &[]).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
-    /// As [`Usermilter::start`], with more in its environment.
+    /// Starts it as the last arguments of another program, such as valgrind(1), and waits as long as that may take.
     #[track_caller]
-    pub fn start_in(config: &str, environment: &[(String, String)]) -> Self {
-        Self::launch(config, None, environment).unwrap_or_else(|failure| panic!("{failure}"))
+    pub fn start_under(wrapper: &[String], config: &str) -> Self {
+        Self::launch(config, None, wrapper).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
     /// Starts it as this user, without supplementary groups.
@@ -58,23 +61,25 @@ impl Usermilter {
             .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_usermilter")), PathBuf::from)
     }
 
-    fn launch(
-        config: &str,
-        user: Option<(u32, u32)>,
-        environment: &[(String, String)],
-    ) -> Result<Self, StartFailure> {
+    fn launch(config: &str, user: Option<(u32, u32)>, wrapper: &[String]) -> Result<Self, StartFailure> {
         let sandbox = Sandbox::new();
         let config = sandbox.write("usermilter.toml", config);
         let mut program = Self::program();
         if user.is_some() {
             program = reachable_copy(&program, &sandbox);
         }
-        let mut command = Command::new(&program);
+        let mut command = match wrapper {
+            [] => Command::new(&program),
+            [wrapper, arguments @ ..] => {
+                let mut command = Command::new(wrapper);
+                command.args(arguments).arg(&program);
+                command
+            }
+        };
         command.arg("serve").arg("--config").arg(&config);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // Not what a test run inherits from systemd.
         command.env_remove("NOTIFY_SOCKET").env_remove("JOURNAL_STREAM").env_remove("LISTEN_FDS");
-        command.envs(environment.iter().map(|(name, value)| (name, value)));
         if let Some((uid, gid)) = user {
             // Being root, the standard library also clears the supplementary groups.
             command.uid(uid).gid(gid);
@@ -83,7 +88,8 @@ impl Usermilter {
         let log = Log::collect(server.stderr().expect("stderr is a pipe"));
         let mut daemon = Usermilter { server, log, config, _sandbox: sandbox };
 
-        wait_until(PATIENCE, || daemon.server.status().is_some() || daemon.log.find(0, "ready").is_some());
+        let patience = if wrapper.is_empty() { PATIENCE } else { PATIENCE_WITH_WRAPPER };
+        wait_until(patience, || daemon.server.status().is_some() || daemon.log.find(0, "ready").is_some());
         match daemon.server.status() {
             None if daemon.log.says_ready() => Ok(daemon),
             status => {

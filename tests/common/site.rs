@@ -14,7 +14,6 @@ pub struct SiteBuilder {
     pub users: VirtualUsers,
     settings: BTreeMap<String, BTreeMap<String, String>>,
     resolvers: Option<String>,
-    environment: Vec<(String, String)>,
     milter: String,
     policy: String,
 }
@@ -44,15 +43,8 @@ impl Site {
             nix::unistd::chown(&spool, Some(nobody.uid), Some(nobody.gid)).unwrap();
         }
         let homes = users.homes().display().to_string();
-        let builder = SiteBuilder {
-            sandbox,
-            users,
-            settings: BTreeMap::new(),
-            resolvers: None,
-            environment: Vec::new(),
-            milter,
-            policy,
-        };
+        let builder =
+            SiteBuilder { sandbox, users, settings: BTreeMap::new(), resolvers: None, milter, policy };
         let (milter, policy) = (builder.milter.clone(), builder.policy.clone());
         builder
             .set("server", "user", r#""nobody""#)
@@ -134,12 +126,6 @@ impl SiteBuilder {
         self
     }
 
-    /// Adds to the daemon's environment.
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.environment.push((name.to_owned(), value.to_owned()));
-        self
-    }
-
     /// Another milter socket.
     pub fn milter_at(mut self, address: &str) -> Self {
         self.milter = address.to_owned();
@@ -177,7 +163,13 @@ impl SiteBuilder {
     /// Starts usermilter.
     #[track_caller]
     pub fn start(self) -> Site {
-        let daemon = Usermilter::start_in(&self.config(), &self.environment);
+        self.start_under(&[])
+    }
+
+    /// Starts usermilter as [`Usermilter::start_under`] does.
+    #[track_caller]
+    pub fn start_under(self, wrapper: &[String]) -> Site {
+        let daemon = Usermilter::start_under(wrapper, &self.config());
         Site { daemon, users: self.users, sandbox: self.sandbox, milter: self.milter, policy: self.policy }
     }
 }
