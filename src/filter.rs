@@ -266,7 +266,7 @@ impl Filters {
             End::TimedOut => {
                 return self.error(AnswerKind::Timeout, "timed out".into(), elapsed);
             }
-            End::NotRun => return self.error(AnswerKind::NotStarted, "not run".into(), elapsed),
+            End::NotRun => return self.error(AnswerKind::NotExecutable, "not run".into(), elapsed),
             End::NotStarted(errno) => {
                 let why = nix::errno::Errno::from_raw(errno).desc();
                 return self.error(AnswerKind::NotStarted, format!("not started: {why}"), elapsed);

@@ -14,7 +14,7 @@ use nix::unistd::{chown, mkfifo};
 use super::common::users::Account;
 use super::common::{PATIENCE, wait_until};
 use super::resources::{unmount, with_own_mounts};
-use super::scene::{Counts, Lane, short_or_long, site, with_fault, with_fault_under, with_rogue};
+use super::scene::{Counts, Lane, short_or_long, site, with_fault, with_rogue};
 
 pub(crate) fn a_half_written_passwd_file_costs_no_mail(lane: &Lane) -> Counts {
     // Who is not in the file is refused for good, here.
@@ -162,15 +162,13 @@ pub(crate) fn a_clock_that_jumps_costs_no_mail(lane: &Lane) -> Counts {
     let site = site(lane);
     let clock = site.sandbox.write("clock", "+0\n");
     // The time of day alone: the kernel's other clocks never jump.
-    let environment = [
-        format!("LD_PRELOAD={}", library.display()),
-        format!("FAKETIME_TIMESTAMP_FILE={}", clock.display()),
-        "FAKETIME_NO_CACHE=1".to_owned(),
-        "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned(),
-        "NO_FAKE_STAT=1".to_owned(),
-    ];
-    let wrapper = [&["env".to_owned()][..], &environment].concat();
-    with_fault_under(&wrapper, lane, site, |scene| {
+    let site = site
+        .env("LD_PRELOAD", library.to_str().unwrap())
+        .env("FAKETIME_TIMESTAMP_FILE", clock.to_str().unwrap())
+        .env("FAKETIME_NO_CACHE", "1")
+        .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        .env("NO_FAKE_STAT", "1");
+    with_fault(lane, site, |scene| {
         for jump in ["+1h", "-1h", "+400d", "-9000d", "+40y", "+0"].repeat(short_or_long(1, 8)) {
             scene.site.sandbox.write("clock", format!("{jump}\n"));
             scene.load.wait_accepted(5);

@@ -134,35 +134,19 @@ impl Open {
 
 /// Runs a scenario: load, the fault, load again, and the count.
 pub(crate) fn with_fault(lane: &Lane, site: SiteBuilder, fault: impl FnOnce(&mut Scene)) -> Counts {
-    run(lane, site, &[], false, fault)
-}
-
-/// The same with a daemon that is started as the last arguments of another program.
-pub(crate) fn with_fault_under(
-    wrapper: &[String],
-    lane: &Lane,
-    site: SiteBuilder,
-    fault: impl FnOnce(&mut Scene),
-) -> Counts {
-    run(lane, site, wrapper, false, fault)
+    run(lane, site, false, fault)
 }
 
 /// The same with mail for the user with the faulty filter.
 pub(crate) fn with_rogue(lane: &Lane, site: SiteBuilder, fault: impl FnOnce(&mut Scene)) -> Counts {
-    run(lane, site, &[], true, fault)
+    run(lane, site, true, fault)
 }
 
-fn run(
-    lane: &Lane,
-    site: SiteBuilder,
-    wrapper: &[String],
-    with_rogue: bool,
-    fault: impl FnOnce(&mut Scene),
-) -> Counts {
+fn run(lane: &Lane, site: SiteBuilder, with_rogue: bool, fault: impl FnOnce(&mut Scene)) -> Counts {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let name = format!("scenario{}", NUMBER.fetch_add(1, Ordering::Relaxed));
     let config = site.config();
-    let site = site.start_under(wrapper);
+    let site = site.start();
     let port = lane.postfix.port();
     let usual = Open::now(&site.daemon);
     let prober = Client::new(port, format!("{name}-probe"));
