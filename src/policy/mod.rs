@@ -24,7 +24,7 @@ use crate::{
     pipeline::Pipeline,
     recipient::FilterSet,
     reply::Reply,
-    transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
+    transaction::{self, Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::Opinion,
     worker::Drain,
 };
@@ -165,7 +165,7 @@ async fn answer(service: &Service, request: &Request) -> Option<String> {
         return Some(DUNNO.to_owned());
     };
     let client = client(request);
-    let sender = match Sender::parse(request.bytes("sender").unwrap_or_default()) {
+    let sender = match Sender::from_client(request.bytes("sender").unwrap_or_default()) {
         Ok(sender) => sender,
         Err(error) => {
             let sender = request.get("sender").unwrap_or_default();
@@ -175,7 +175,7 @@ async fn answer(service: &Service, request: &Request) -> Option<String> {
     };
     let envelope = Envelope {
         interface: Interface::Policy,
-        queue_id: request.get("queue_id").map(Cow::into_owned),
+        queue_id: request.get("queue_id").and_then(|id| transaction::queue_id(&id)),
         client: Arc::new(client),
         sender,
         declared_size: request.get("size").and_then(|size| size.parse().ok()).filter(|size| *size > 0),
