@@ -208,6 +208,18 @@ mod tests {
 
     proptest! {
         #[test]
+        fn what_is_written_is_read_again(attributes in prop::collection::vec(("[a-z_]{1,12}", "[^\n\0]{0,30}"), 1..40)) {
+            let text: String = attributes.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
+            let (requests, error) = decode_in_pieces((text + "\n").as_bytes(), &[]);
+            prop_assert!(error.is_none() && requests.len() == 1);
+            for (name, _) in &attributes {
+                // Of several the last counts.
+                let (_, value) = attributes.iter().rfind(|(other, _)| other == name).unwrap();
+                prop_assert_eq!(requests[0].bytes(name).unwrap_or_default(), value.as_bytes());
+            }
+        }
+
+        #[test]
         fn arbitrary_bytes_never_panic_and_cuts_do_not_matter(
             bytes in prop::collection::vec(prop_oneof![Just(b'\n'), Just(b'='), any::<u8>()], 0..100),
             cuts in prop::collection::vec(0usize..100, 0..5),
