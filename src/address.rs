@@ -55,7 +55,9 @@ impl Address {
         }
         let text = std::str::from_utf8(text).map_err(|_| AddressError::NotUtf8)?;
         let text = without_brackets(text);
-        if text.chars().any(char::is_control) {
+        if text.bytes().any(|byte| byte.is_ascii_control())
+            || !text.is_ascii() && text.chars().any(char::is_control)
+        {
             return Err(AddressError::Control);
         }
         let text = without_source_route(text);
@@ -122,9 +124,11 @@ impl Address {
         Self { local: local.into(), domain: self.domain.clone() }
     }
 
-    /// The same mailbox at the domain of another, if it has none itself.
-    pub fn qualified_like(self, other: &Self) -> Self {
-        Self { domain: self.domain.or_else(|| other.domain.clone()), ..self }
+    /// Puts it at the domain of another, if it has none itself.
+    pub fn qualify_like(&mut self, other: &Self) {
+        if self.domain.is_none() {
+            self.domain.clone_from(&other.domain);
+        }
     }
 
     /// What `host!user` and `user%host` mean to Postfix (swap_bangpath and allow_percent_hack, postconf(5)), if this is
@@ -191,7 +195,8 @@ pub fn plain_spelling(raw: &[u8]) -> Option<String> {
 
 /// See [`Address::split_extension`].
 pub fn split_extension<'a>(local: &'a str, delimiters: &str) -> (&'a str, Option<&'a str>) {
-    let split = local.char_indices().skip(1).find(|(_, c)| delimiters.contains(*c));
+    let is_delimiter = |c| delimiters.chars().any(|delimiter| delimiter == c);
+    let split = local.char_indices().skip(1).find(|(_, c)| is_delimiter(*c));
     match split {
         Some((at, c)) => (&local[..at], Some(&local[at + c.len_utf8()..])),
         None => (local, None),
@@ -280,11 +285,12 @@ pub fn normalize_domain(domain: &str) -> Option<String> {
         return domain.ends_with(']').then(|| domain.to_ascii_lowercase());
     }
     let domain = domain.strip_suffix('.').unwrap_or(domain);
-    if domain.is_empty() || domain.contains(['@', ' ', '"', '<', '>', '/', '\\']) {
+    let is_foreign = |byte| matches!(byte, b'@' | b' ' | b'"' | b'<' | b'>' | b'/' | b'\\');
+    if domain.is_empty() || domain.bytes().any(is_foreign) {
         return None;
     }
     let lower = domain.to_ascii_lowercase();
-    if domain.is_ascii() && !lower.contains("xn--") {
+    if domain.is_ascii() && !lower.as_bytes().windows(4).any(|part| part == b"xn--") {
         return Some(lower);
     }
     // A name that IDNA refuses may still be one that an MTA uses: compare it as it stands.

@@ -176,10 +176,7 @@ impl<'a> Ballot<'a> {
     }
 
     fn opinions(&self) -> Vec<Option<Opinion>> {
-        let of_recipient = |seats: &Vec<Seat>| {
-            let opinions: Vec<_> = seats.iter().map(|seat| self.opinion_of_seat(seat)).collect();
-            combine(&opinions)
-        };
+        let of_recipient = |seats: &Vec<Seat>| combine(seats.iter().map(|seat| self.opinion_of_seat(seat)));
         self.seats.iter().map(of_recipient).collect()
     }
 

@@ -51,15 +51,17 @@ impl Inspector {
         Self { monitor, cache }
     }
 
+    /// What the user has, if it is remembered.
+    pub async fn remembered(&self, user: &User) -> Option<Arc<Holdings>> {
+        self.cache.get(user).await
+    }
+
     /// What the user has. Simultaneous questions about one user are asked once; errors are not remembered.
     ///
     /// # Errors
     ///
     /// Why it is not known.
     pub async fn holdings(&self, user: &User) -> Result<Arc<Holdings>, Arc<InspectError>> {
-        if let Some(holdings) = self.cache.get(user).await {
-            return Ok(holdings);
-        }
         let ask = async {
             let inspection = match self.monitor.inspect(user).await {
                 // Known to the resolver, unknown to the monitor: an account that is just being removed.

@@ -97,6 +97,11 @@ impl Pipeline {
         }
     }
 
+    /// Whether recipients are put off who would be judged by other filters than the transaction's first.
+    pub fn splits(&self) -> bool {
+        self.settings.verdicts.split == Split::Always
+    }
+
     /// RCPT TO: finds out who decides about a recipient, and what they say without seeing the message.
     ///
     /// A recipient that is refused or put off ([`Recipient::known`]) is logged, and is no part of the transaction.
@@ -156,7 +161,7 @@ impl Pipeline {
 
     /// Puts a recipient off that would be judged by another filter than the transaction's first.
     fn split(&self, recipient: &mut Recipient, first: &mut Option<FilterSet>) {
-        if self.settings.verdicts.split == Split::Never {
+        if !self.splits() {
             return;
         }
         let filters = recipient.filters();
@@ -252,8 +257,13 @@ impl Pipeline {
         deadline: Instant,
     ) -> Judge {
         let resolver::ResolvedUser { user, address: final_address, extension, directory_rules } = resolved;
-        let inspected = timeout_at(deadline.into(), self.inspector.holdings(&user)).await;
-        let inspected = inspected.unwrap_or_else(|_| Err(Arc::new(InspectError::NoAnswer)));
+        // What takes its time is boxed: this future is moved about for every recipient, and would be some KiB with it.
+        let inspected = match self.inspector.remembered(&user).await {
+            Some(holdings) => Ok(holdings),
+            None => Box::pin(timeout_at(deadline.into(), self.inspector.holdings(&user)))
+                .await
+                .unwrap_or_else(|_| Err(Arc::new(InspectError::NoAnswer))),
+        };
         let (holdings, unknown) = match inspected {
             Ok(holdings) => (holdings, None),
             Err(error) => {
@@ -284,8 +294,12 @@ impl Pipeline {
                 decision => judge.decided = decision.clone(),
             }
         }
-        if judge.decided.is_none() {
-            judge.decided = self.ask_recipient_filter(envelope, argument, address, &judge, deadline).await;
+        let extension = judge.extension.as_deref();
+        if judge.decided.is_none()
+            && let Some(filter) = judge.holdings.inspection.filter(Phase::Recipient, extension)
+        {
+            let ask = self.ask_recipient_filter(envelope, argument, address, &judge, &filter.name, deadline);
+            judge.decided = Box::pin(ask).await;
         }
         judge.decided = judge.decided.map(|decision| decision.in_words_for(envelope));
         judge
@@ -311,17 +325,17 @@ impl Pipeline {
         }))
     }
 
-    /// Asks the user's `recipient` executable, if there is one; `None`: go on to the message filter.
+    /// Asks the user's `recipient` executable; `None`: go on to the message filter.
     async fn ask_recipient_filter(
         &self,
         envelope: &Envelope,
         argument: &RecipientArgument,
         address: &Address,
         judge: &Judge,
+        filter: &str,
         deadline: Instant,
     ) -> Option<Decision> {
         let extension = judge.extension.as_deref();
-        let filter = judge.holdings.inspection.filter(Phase::Recipient, extension)?;
         let subject =
             Subject { address: &judge.address, extension, argument, all: vec![address.to_string()] };
         let ask = async {
@@ -344,26 +358,26 @@ impl Pipeline {
             let answer =
                 self.filters.ask(question, &CancellationToken::new()).await.map(|(answer, _)| answer);
             if let Some(answer) = &answer {
-                record::error_output(envelope, judge.user.name.as_str(), &filter.name, &answer.error_output);
-                self.user_log.recipient_filter(envelope, judge, &filter.name, answer);
+                record::error_output(envelope, judge.user.name.as_str(), filter, &answer.error_output);
+                self.user_log.recipient_filter(envelope, judge, filter, answer);
             }
             answer
         };
         let question = self.answers.question(&judge.user, envelope, address, &judge.address);
-        let answer = self.answers.of_executable(question, &filter.name, ask).await?;
+        let answer = self.answers.of_executable(question, filter, ask).await?;
         let goes_on = answer.opinion == Opinion::Accept && !answer.is_final;
         if answer.is_error() {
             warn!(
                 "{}: user {}: {}: {}",
                 envelope.queue_id(),
                 judge.user.name,
-                filter.name,
+                filter,
                 Quoted(&answer.status)
             );
         }
         (!goes_on).then(|| Decision {
             opinion: answer.opinion.clone(),
-            by: format!("{}: {}, {:.3}s", filter.name, answer.status, answer.elapsed.as_secs_f64()),
+            by: format!("{filter}: {}, {:.3}s", answer.status, answer.elapsed.as_secs_f64()),
             source: Source::RecipientFilter,
         })
     }

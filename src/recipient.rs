@@ -159,8 +159,7 @@ impl Recipient {
         if let Standing::Refused(decision) = &self.standing {
             return Some(decision.opinion.clone());
         }
-        let opinions: Vec<Option<Opinion>> = self.judges().iter().map(Judge::known).collect();
-        match combine(&opinions) {
+        match combine(self.judges().iter().map(Judge::known)) {
             // The site is asked before the users, and may still refuse.
             Some(Opinion::Accept) if self.site_waits_for_size => None,
             known => known,
@@ -216,13 +215,16 @@ impl Recipient {
 }
 
 /// A recipient's opinion from those of its users: `None` as long as it depends on one that is not known.
-pub fn combine(users: &[Option<Opinion>]) -> Option<Opinion> {
-    let known: Vec<&Opinion> = users.iter().flatten().collect();
-    if known.len() == users.len() || known.contains(&&Opinion::Accept) {
-        Some(verdict::of_recipient(known))
-    } else {
-        None
+pub fn combine(users: impl IntoIterator<Item = Option<Opinion>>) -> Option<Opinion> {
+    let (mut refusals, mut all_are_known) = (Vec::new(), true);
+    for opinion in users {
+        match opinion {
+            Some(Opinion::Accept) => return opinion,
+            Some(refusal) => refusals.push(refusal),
+            None => all_are_known = false,
+        }
     }
+    all_are_known.then(|| verdict::of_recipient(&refusals))
 }
 
 #[cfg(test)]
@@ -233,10 +235,10 @@ mod tests {
     #[test]
     fn an_opinion_is_known_when_nothing_can_change_it() {
         let reject = || Some(Opinion::plain(Verdict::Reject));
-        assert_eq!(combine(&[]), Some(Opinion::Accept));
-        assert_eq!(combine(&[reject(), None]), None);
-        assert_eq!(combine(&[Some(Opinion::Accept), None]), Some(Opinion::Accept));
-        assert_eq!(combine(&[reject(), reject()]), reject());
+        assert_eq!(combine([]), Some(Opinion::Accept));
+        assert_eq!(combine([reject(), None]), None);
+        assert_eq!(combine([None, Some(Opinion::Accept)]), Some(Opinion::Accept));
+        assert_eq!(combine([reject(), reject()]), reject());
     }
 
     #[test]

@@ -554,9 +554,9 @@ fn tests_that_documents_name_exist() {
         for word in text.split('`').skip(1).step_by(2) {
             let sentence = word.matches('_').count() >= 3
                 && word.chars().all(|c| c == '_' || c.is_ascii_lowercase() || c.is_ascii_digit());
-            // Parameters of Postfix and OpenLDAP look alike.
+            // Parameters of Postfix and OpenLDAP look alike, and our metrics.
             if sentence
-                && !["milter_", "smtpd_", "lmtp_", "max_", "tls_"]
+                && !["milter_", "smtpd_", "lmtp_", "max_", "tls_", "usermilter_"]
                     .iter()
                     .any(|prefix| word.starts_with(prefix))
             {

@@ -67,7 +67,9 @@ impl Service {
         let mut close = self.close.subscribe();
         let peer_left = Arc::new(AtomicBool::new(false));
         let last = LastBytes::default();
-        let listener = Once(Some(Watched { stream, last, peer_left: Arc::clone(&peer_left), _ended: ended }));
+        let peer_left_too = Arc::clone(&peer_left);
+        let watched = Watched { stream, last, owes_answer: false, peer_left: peer_left_too, _ended: ended };
+        let listener = Once(Some(watched));
         let config = indymilter::Config {
             max_connections: 1,
             connection_timeout: IDLE_TIME_LIMIT,
@@ -130,6 +132,8 @@ impl LastBytes {
 struct Watched {
     stream: Stream,
     last: LastBytes,
+    /// Nothing was written since something was read, which would have acknowledged it.
+    owes_answer: bool,
     /// It said QUIT, closed, or the network failed.
     peer_left: Arc<AtomicBool>,
     _ended: watch::Sender<()>,
@@ -144,8 +148,11 @@ impl AsyncRead for Watched {
         let this = self.get_mut();
         let filled = buffer.filled().len();
         let read = Pin::new(&mut this.stream).poll_read(cx, buffer);
+        if read.is_pending() && std::mem::take(&mut this.owes_answer) {
+            this.stream.acknowledge();
+        }
         if let Poll::Ready(result) = &read {
-            this.stream.acknowledge_at_once();
+            this.owes_answer = true;
             let new = &buffer.filled()[filled..];
             this.last.push(new);
             if result.is_err() || new.is_empty() || this.last.0 == QUIT {
@@ -160,6 +167,7 @@ impl AsyncWrite for Watched {
     fn poll_write(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let written = Pin::new(&mut this.stream).poll_write(cx, bytes);
+        this.owes_answer = false;
         if matches!(&written, Poll::Ready(Err(_))) {
             this.peer_left.store(true, Ordering::Relaxed);
         }

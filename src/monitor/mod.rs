@@ -26,3 +26,16 @@ pub use wire::{
     End, Event, FilterFile, Inspection, JobId, MAX_PACKET, MAX_REPORT, Malformed, Phase, Refusal, Report,
     Request, RulesSource, Variable, decode, encode,
 };
+
+/// Whether a program would pass the checks that are made before it is executed as a filter, if it must belong to root or to
+/// `owner`: for `usermilter check`.
+///
+/// # Errors
+///
+/// Which check fails, on which path.
+pub fn check_executable(path: &std::path::Path, owner: u32) -> Result<(), String> {
+    checks::executable(path, owner).map(drop).map_err(|error| match error {
+        checks::CheckError::Missing => format!("{}: {error}", path.display()),
+        checks::CheckError::Failed { .. } => error.to_string(),
+    })
+}

@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     config::{Config, ConfigError},
-    logging::Chain,
+    logging::{Chain, tell_lost},
     sys::{self, ChildEnd},
     worker::{self, Inherited},
 };
@@ -184,6 +184,8 @@ struct Worker {
     ready: bool,
     /// It was sent SIGKILL: what it still says is not heard. The kernel may take its time.
     killed: bool,
+    /// Its channel has something to read, or room to write.
+    is_ready: bool,
     started: Instant,
     settings: Arc<Config>,
     listeners: Listeners,
@@ -231,18 +233,21 @@ impl Monitor {
 
     fn run(&mut self) -> Result<(), MonitorError> {
         loop {
-            self.wait()?;
-            self.handle_signals()?;
+            if self.wait()? {
+                self.handle_signal()?;
+            }
             self.handle_requests();
             self.reload_if_wanted();
+            tell_lost();
             if self.handle_time().is_break() {
                 return Ok(());
             }
         }
     }
 
-    /// Sleeps until a signal, a packet, room for a packet, or a point in time.
-    fn wait(&self) -> Result<(), MonitorError> {
+    /// Sleeps until a signal, a packet, room for a packet, or a point in time. Whether there is a signal; each worker
+    /// knows whether there is something for it.
+    fn wait(&mut self) -> Result<bool, MonitorError> {
         let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
         for worker in self.workers.iter().filter(|worker| !worker.killed) {
             let mut events = PollFlags::POLLIN;
@@ -254,10 +259,18 @@ impl Monitor {
             let wait = at.saturating_duration_since(Instant::now()).as_millis() + 1;
             PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
         });
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(system("poll")(errno)),
+        let is_ready = match poll(&mut fds, timeout) {
+            // A descriptor that is invalid or hung up is ready too: what is done with it says why.
+            Ok(_) => fds.iter().map(|fd| fd.any().unwrap_or(true)).collect(),
+            Err(Errno::EINTR) => vec![false; fds.len()],
+            Err(errno) => return Err(system("poll")(errno)),
+        };
+        let mut is_ready = is_ready.into_iter();
+        let signal = is_ready.next().unwrap_or(false);
+        for worker in self.workers.iter_mut().filter(|worker| !worker.killed) {
+            worker.is_ready = is_ready.next().unwrap_or(false);
         }
+        Ok(signal)
     }
 
     fn next_deadline(&self) -> Option<Instant> {
@@ -269,14 +282,14 @@ impl Monitor {
             .min()
     }
 
-    fn handle_signals(&mut self) -> Result<(), MonitorError> {
-        while let Some(signal) = self.signals.read_signal().map_err(system("signalfd"))? {
-            match Signal::try_from(signal.ssi_signo as i32) {
-                Ok(Signal::SIGCHLD) => self.reap()?,
-                Ok(Signal::SIGHUP) => self.reload_wanted = true,
-                Ok(Signal::SIGTERM | Signal::SIGINT) => self.stop(),
-                _ => (),
-            }
+    /// One; whether there are more, the next poll says.
+    fn handle_signal(&mut self) -> Result<(), MonitorError> {
+        let Some(signal) = self.signals.read_signal().map_err(system("signalfd"))? else { return Ok(()) };
+        match Signal::try_from(signal.ssi_signo as i32) {
+            Ok(Signal::SIGCHLD) => self.reap()?,
+            Ok(Signal::SIGHUP) => self.reload_wanted = true,
+            Ok(Signal::SIGTERM | Signal::SIGINT) => self.stop(),
+            _ => (),
         }
         Ok(())
     }
@@ -336,7 +349,7 @@ impl Monitor {
 
     fn handle_requests(&mut self) {
         let mut became_ready = None;
-        for worker in self.workers.iter_mut().filter(|worker| !worker.killed) {
+        for worker in self.workers.iter_mut().filter(|worker| !worker.killed && worker.is_ready) {
             worker.flush();
             if let Err(reason) = worker.handle_packets(&mut self.buffer, &mut self.jobs, &mut became_ready) {
                 error!(pid = %worker.pid, reason = %reason, "worker breaks the protocol; ending it");
@@ -514,6 +527,7 @@ impl Monitor {
             role,
             ready: false,
             killed: false,
+            is_ready: false,
             started: Instant::now(),
             settings,
             listeners,
@@ -612,7 +626,7 @@ impl Worker {
                 self.kill();
                 return Ok(());
             }
-            let request: Request = decode(&buffer[..received.length])?;
+            let request: Request<'_> = decode(&buffer[..received.length])?;
             if let Request::Ready = request {
                 if std::mem::replace(&mut self.ready, true) {
                     return Err("ready for the second time".into());

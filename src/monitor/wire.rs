@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use crate::user::User;
 
@@ -19,9 +19,10 @@ pub const MAX_REPORT: usize = 32 << 20;
 /// Number by which worker and monitor speak of one job.
 pub type JobId = u32;
 
-/// The table of requests: all that a worker can ask of the monitor.
+/// The table of requests: all that a worker can ask of the monitor. Long texts stay where they are, in the packet or the
+/// transaction: what a process allocates before it forks, it pays for with page faults after.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Request {
+pub enum Request<'a> {
     /// The worker serves; whoever served before may drain.
     Ready,
     /// Find out what a user has. Descriptor: the report pipe.
@@ -31,8 +32,8 @@ pub enum Request {
         /// Of whom.
         user: User,
     },
-    /// Run a user's filter. Descriptors: the message ([`Phase::Message`] only), standard output, standard error,
-    /// the report pipe.
+    /// Run a user's filter. Descriptors: the message ([`Phase::Message`] only), standard output, standard error. For a
+    /// filter that is not run ([`End::NotRun`]) the child's report is on standard output.
     Run {
         /// The job.
         job: JobId,
@@ -41,9 +42,9 @@ pub enum Request {
         /// Which of the filters.
         phase: Phase,
         /// The extension of the address, if any.
-        extension: Option<String>,
+        extension: Option<&'a str>,
         /// Values of the environment.
-        variables: Vec<(Variable, String)>,
+        variables: Vec<(Variable, &'a str)>,
         /// Time limit, in milliseconds; the configuration's limit holds if it is shorter.
         time_limit: u64,
     },
@@ -55,7 +56,7 @@ pub enum Request {
         /// Whose log.
         user: User,
         /// What to append.
-        text: String,
+        text: &'a str,
     },
 }
 
@@ -88,6 +89,8 @@ pub enum Event {
 pub enum End {
     /// With this status.
     Exited(i32),
+    /// Before it became the filter: there is a report instead.
+    NotRun,
     /// By this signal.
     Signaled(i32),
     /// By us, because its time was up.
@@ -278,7 +281,7 @@ pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, Malformed> {
 /// # Errors
 ///
 /// [`Malformed`]
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
+pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Malformed> {
     let malformed = |source| Malformed { length: bytes.len(), source };
     match postcard::take_from_bytes(bytes).map_err(malformed)? {
         (message, []) => Ok(message),

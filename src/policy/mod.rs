@@ -5,10 +5,10 @@
 
 mod codec;
 
-use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, net::IpAddr, pin::pin, sync::Arc, time::Duration};
 
-pub use codec::{CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
-use futures_util::{SinkExt, StreamExt};
+pub use codec::{Attribute, CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
+use futures_util::{FutureExt, SinkExt, StreamExt};
 use moka::future::Cache;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -57,8 +57,8 @@ const MAX_INSTANCE_LENGTH: usize = 256;
 #[derive(Debug)]
 pub struct Service {
     pipeline: Arc<Pipeline>,
-    /// The filters of each transaction's first recipient, by `instance`.
-    first: Cache<String, FilterSet>,
+    /// The filters of each transaction's first recipient, by `instance`, if they matter.
+    first: Option<Cache<String, FilterSet>>,
 }
 
 impl Service {
@@ -70,7 +70,7 @@ impl Service {
             u32::try_from(instance.len() + names + 200).unwrap_or(u32::MAX)
         };
         let first = Cache::builder().weigher(weigh).max_capacity(TRANSACTIONS_CAPACITY);
-        let first = first.time_to_idle(TRANSACTION_TTL).build();
+        let first = pipeline.splits().then(|| first.time_to_idle(TRANSACTION_TTL).build());
         Self { pipeline, first }
     }
 }
@@ -85,8 +85,9 @@ where
     let leave = drain.wait_for(Option::is_some);
     let silence = tokio::time::sleep(IDLE_TIME_LIMIT);
     tokio::pin!(leave, silence);
-    let (mut heard, mut patience) = (Instant::now(), IDLE_TIME_LIMIT);
     let (mut is_new, mut is_leaving) = (true, false);
+    // Since `silence` began. It begins anew only when it is over, since to look at the clock costs something.
+    let mut was_heard = false;
     loop {
         // Between requests a connection can go at any time: Postfix makes another.
         if is_leaving && !is_new && framed.read_buffer().is_empty() {
@@ -96,22 +97,21 @@ where
             biased;
             next = framed.next() => next,
             _ = &mut leave, if !is_leaving => {
-                is_leaving = true;
-                (heard, patience) = (Instant::now(), FIRST_REQUEST_TIME_LIMIT);
-                silence.as_mut().reset(heard + patience);
+                (is_leaving, was_heard) = (true, false);
+                silence.as_mut().reset(Instant::now() + FIRST_REQUEST_TIME_LIMIT);
                 continue;
             }
             () = &mut silence => {
-                if heard.elapsed() >= patience {
+                if !std::mem::take(&mut was_heard) {
                     debug!(interface = "policy", "idle connection closed");
                     return;
                 }
-                silence.as_mut().reset(heard + patience);
+                let limit = if is_leaving { FIRST_REQUEST_TIME_LIMIT } else { IDLE_TIME_LIMIT };
+                silence.as_mut().reset(Instant::now() + limit);
                 continue;
             }
         };
-        heard = Instant::now();
-        is_new = false;
+        (is_new, was_heard) = (false, true);
         let request = match next {
             Some(Ok(request)) => request,
             Some(Err(error)) => {
@@ -126,7 +126,7 @@ where
             finish(&mut framed).await;
             return;
         };
-        if !matches!(timeout(WRITE_TIME_LIMIT, send(&mut framed, action)).await, Ok(Ok(()))) {
+        if !matches!(send(&mut framed, &action).await, Some(Ok(()))) {
             debug!(interface = "policy", "client went away without its answer");
             return;
         }
@@ -134,14 +134,21 @@ where
 }
 
 /// Answers pipelined requests together: written out only when no further one waits, whole, in the buffer. Whoever has
-/// sent a part of one may wait for the last answer before going on.
-async fn send<S>(framed: &mut Framed<S, PolicyCodec>, action: String) -> Result<(), CodecError>
+/// sent a part of one may wait for the last answer before going on. `None`: the client does not take it.
+async fn send<S>(framed: &mut Framed<S, PolicyCodec>, action: &str) -> Option<Result<(), CodecError>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    framed.feed(action).await?;
-    let another_waits = framed.read_buffer().windows(2).any(|pair| pair == b"\n\n");
-    if another_waits { Ok(()) } else { framed.flush().await }
+    let mut sending = pin!(async {
+        framed.feed(action).await?;
+        let another_waits = framed.read_buffer().windows(2).any(|pair| pair == b"\n\n");
+        if another_waits { Ok(()) } else { framed.flush().await }
+    });
+    // Mostly the kernel takes it at once.
+    match sending.as_mut().now_or_never() {
+        Some(sent) => Some(sent),
+        None => timeout(WRITE_TIME_LIMIT, sending).await.ok(),
+    }
 }
 
 /// Writes out what the requests before a bad one are owed.
@@ -153,67 +160,75 @@ where
 }
 
 /// The action for a request; `None` if it is none that we serve.
-async fn answer(service: &Service, request: &Request) -> Option<String> {
+async fn answer(service: &Service, request: &Request) -> Option<Cow<'static, str>> {
     let pipeline = &service.pipeline;
-    if request.bytes("request") != Some(b"smtpd_access_policy") {
+    if request.bytes(Attribute::Request) != Some(b"smtpd_access_policy") {
         return None;
     }
-    if request.bytes("protocol_state") != Some(b"RCPT") {
-        return Some(DUNNO.to_owned());
+    if request.bytes(Attribute::ProtocolState) != Some(b"RCPT") {
+        return Some(DUNNO.into());
     }
-    let Some(recipient) = request.bytes("recipient") else {
-        return Some(DUNNO.to_owned());
+    let Some(recipient) = request.bytes(Attribute::Recipient) else {
+        return Some(DUNNO.into());
     };
     let client = client(request);
-    let sender = match Sender::from_client(request.bytes("sender").unwrap_or_default()) {
+    let sender = match Sender::from_client(request.bytes(Attribute::Sender).unwrap_or_default()) {
         Ok(sender) => sender,
         Err(error) => {
-            let sender = request.get("sender").unwrap_or_default();
+            let sender = request.get(Attribute::Sender).unwrap_or_default();
             warn!("NOQUEUE: sender \"{}\" is not judged: {error}", Quoted(&sender));
             return Some(action(&pipeline.opinion_on_trouble(&client)));
         }
     };
+    let size = request.get(Attribute::Size).and_then(|size| size.parse().ok());
     let envelope = Envelope {
         interface: Interface::Policy,
-        queue_id: request.get("queue_id").and_then(|id| transaction::queue_id(&id)),
+        queue_id: request.get(Attribute::QueueId).and_then(|id| transaction::queue_id(&id)),
         client: Arc::new(client),
         sender,
-        declared_size: request.get("size").and_then(|size| size.parse().ok()).filter(|size| *size > 0),
+        declared_size: size.filter(|size| *size > 0),
         // The protocol does not say; ASCII is always right.
         smtputf8: false,
     };
     let argument = RecipientArgument { raw: recipient.to_vec(), mailer: None, mailbox: None };
-    // One smtpd asks about the recipients of a transaction one after the other.
-    let instance = request.get("instance").filter(|instance| instance.len() <= MAX_INSTANCE_LENGTH);
-    let instance = instance.unwrap_or_default();
-    let known = service.first.get(&*instance).await;
-    let mut first = known.clone();
-    let recipient = pipeline.recipient(&envelope, argument, &mut first).await;
-    if let (Some(first), None, false) = (first, known, instance.is_empty()) {
-        service.first.insert(instance.into_owned(), first).await;
-    }
-    Some(action(&recipient.known().unwrap_or(Opinion::Accept)))
+    let opinion = match &service.first {
+        None => pipeline.recipient(&envelope, argument, &mut None).await.known(),
+        Some(first) => {
+            // One smtpd asks about the recipients of a transaction one after the other.
+            let instance = request.get(Attribute::Instance);
+            let instance = instance.filter(|instance| instance.len() <= MAX_INSTANCE_LENGTH);
+            let instance = instance.unwrap_or_default();
+            let known = first.get(&*instance).await;
+            let mut filters = known.clone();
+            let recipient = pipeline.recipient(&envelope, argument, &mut filters).await;
+            if let (Some(filters), None, false) = (filters, known, instance.is_empty()) {
+                first.insert(instance.into_owned(), filters).await;
+            }
+            recipient.known()
+        }
+    };
+    Some(action(&opinion.unwrap_or(Opinion::Accept)))
 }
 
-fn action(opinion: &Opinion) -> String {
-    opinion.reply().map_or(DUNNO.to_owned(), Reply::policy_action)
+fn action(opinion: &Opinion) -> Cow<'static, str> {
+    opinion.reply().map_or(DUNNO.into(), |reply| Reply::policy_action(reply).into())
 }
 
 fn client(request: &Request) -> Client {
-    let text = |name| request.get(name).map(Cow::into_owned);
-    let known = |name| text(name).filter(|value| value != "unknown");
-    let address = request.get("client_address").and_then(|address| address.parse::<IpAddr>().ok());
+    let text = |attribute| request.get(attribute).map(Cow::into_owned);
+    let known = |attribute| text(attribute).filter(|value| value != "unknown");
+    let address = request.get(Attribute::ClientAddress).and_then(|address| address.parse::<IpAddr>().ok());
     Client {
         address: address.map(|address| address.to_canonical()),
-        name: known("client_name"),
-        helo: text("helo_name"),
-        protocol: text("protocol_name").unwrap_or_else(|| "ESMTP".into()),
-        sasl: text("sasl_username").map(|username| Sasl {
+        name: known(Attribute::ClientName),
+        helo: text(Attribute::HeloName),
+        protocol: text(Attribute::ProtocolName).unwrap_or_else(|| "ESMTP".into()),
+        sasl: text(Attribute::SaslUsername).map(|username| Sasl {
             username,
-            method: text("sasl_method").unwrap_or_default(),
-            sender: text("sasl_sender").unwrap_or_default(),
+            method: text(Attribute::SaslMethod).unwrap_or_default(),
+            sender: text(Attribute::SaslSender).unwrap_or_default(),
         }),
-        tls: known("encryption_protocol"),
+        tls: known(Attribute::EncryptionProtocol),
         is_local: false,
     }
 }

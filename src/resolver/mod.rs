@@ -11,6 +11,7 @@ pub mod passwd_file;
 pub mod source;
 
 use std::{
+    borrow::Cow,
     collections::{HashSet, VecDeque},
     path::PathBuf,
     sync::Arc,
@@ -224,11 +225,11 @@ impl Chain {
         // What directory entries have led to; most addresses lead to a user at once.
         let mut seen = HashSet::new();
         let mut queue = VecDeque::new();
-        let mut next = Some(address.clone());
+        let mut next = Some(Cow::Borrowed(address));
         while let Some(current) = next {
             let expansion = self.aliases.expand(&current, is_ours, &self.delimiters);
             // A target that nobody has is its owner's mistake, and no reason to refuse the others' mail.
-            let is_target = !expansion.steps.is_empty() || current != *address;
+            let is_target = !expansion.steps.is_empty() || *current != *address;
             for step in expansion.steps {
                 trace.tell(|| {
                     let targets = step.targets.iter().map(ToString::to_string).collect();
@@ -251,10 +252,8 @@ impl Chain {
                         all.add(Resolution::unjudged("alias target is unknown"), trace);
                     }
                     Found::Resolution(mut one) => {
-                        for user in &mut one.users {
-                            // As local(8) has it: what an alias says without a domain is in the domain of the alias.
-                            user.address = user.address.clone().qualified_like(address);
-                        }
+                        // As local(8) has it: what an alias says without a domain is in the domain of the alias.
+                        one.users.iter_mut().for_each(|user| user.address.qualify_like(address));
                         all.add(one, trace);
                     }
                     Found::Forward(targets) => {
@@ -267,7 +266,7 @@ impl Chain {
                     }
                 }
             }
-            next = queue.pop_front();
+            next = queue.pop_front().map(Cow::Owned);
         }
         if all.is_nobody() && !seen.is_empty() {
             all.add(Resolution::unjudged("forward addresses lead in a circle"), trace);
@@ -314,15 +313,23 @@ impl Chain {
 
 impl Resolution {
     fn add(&mut self, other: Self, trace: &mut Trace<'_>) {
-        for user in other.users {
-            let same = |known: &ResolvedUser| known.user == user.user && known.extension == user.extension;
-            if !self.users.iter().any(same) {
-                self.users.push(user);
-            }
+        if self.users.is_empty() {
+            self.users = other.users;
+        } else {
+            self.add_users(other.users);
         }
         if let Some(why) = other.unjudged {
             trace.tell(|| Step::Unjudged(why.clone()));
             self.unjudged.get_or_insert(why);
+        }
+    }
+
+    fn add_users(&mut self, users: Vec<ResolvedUser>) {
+        for user in users {
+            let same = |known: &ResolvedUser| known.user == user.user && known.extension == user.extension;
+            if !self.users.iter().any(same) {
+                self.users.push(user);
+            }
         }
     }
 }
@@ -402,14 +409,8 @@ impl Resolver {
                     Err(error) => unavailable(error.to_string()),
                 }
             }
-            Kind::PasswdFile(_, file) => match file.lookup(name.local(), name.domain()) {
-                passwd_file::Answer::Found(entry) => match UserName::try_from(entry.name) {
-                    Ok(name) => {
-                        let account = Account::Virtual { uid: entry.uid, gid: entry.gid, home: entry.home };
-                        Ok((Lookup::User(User { name, account, program: None }, None), AnswerSource::File))
-                    }
-                    Err(why) => unavailable(why),
-                },
+            Kind::PasswdFile(_, file) => match file.lookup(name) {
+                passwd_file::Answer::Found(user) => Ok((Lookup::User(user, None), AnswerSource::File)),
                 passwd_file::Answer::NotFound => Ok((Lookup::NotFound, AnswerSource::File)),
                 passwd_file::Answer::Unavailable(reason) => unavailable(reason),
             },

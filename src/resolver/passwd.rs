@@ -78,7 +78,10 @@ mod tests {
         let passwd = Passwd::new(1000, latency.clone());
         assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Asked));
         assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Cache));
-        assert_eq!(passwd.lookup("umt-nobody-has-this-name").await.unwrap().0, Answer::NotFound);
-        assert_eq!(Passwd::new(0, latency).lookup("root").await.unwrap().0, Answer::Found);
+        let nobody = passwd.lookup("umt-nobody-has-this-name").await.unwrap();
+        assert_eq!(nobody, (Answer::NotFound, AnswerSource::Asked));
+        assert_eq!(latency.percentiles().count, 2);
+        let passwd = Passwd::new(0, Histogram::default());
+        assert_eq!(passwd.lookup("root").await.unwrap().0, Answer::Found);
     }
 }

@@ -9,8 +9,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use super::source::{Problem, SourceFile, is_damaged};
-use crate::address::normalize_domain;
-use crate::user::UserName;
+use crate::address::{Address, normalize_domain};
+use crate::user::{Account, User, UserName};
 
 /// The two ids above it mean "unchanged" to setresuid(2) and, as -2, "nobody" on some systems.
 const MAX_ID: u32 = 4_294_967_293;
@@ -21,24 +21,11 @@ pub struct PasswdFile {
     source: SourceFile<Users>,
 }
 
-/// A user as the file has them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// As written: `alice` or `alice@example.org`.
-    pub name: String,
-    /// Never 0.
-    pub uid: u32,
-    /// Never 0.
-    pub gid: u32,
-    /// Absolute and without `..`.
-    pub home: PathBuf,
-}
-
 /// What the file says about a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// There is such a user.
-    Found(Entry),
+    /// There is such a user: virtual, with a uid and gid that are never 0, and an absolute home without `..`.
+    Found(User),
     /// The file was read and has no such user.
     NotFound,
     /// The file could never be read, for this reason.
@@ -61,24 +48,32 @@ impl PasswdFile {
         self.source.problems()
     }
 
-    /// Looks for `local@domain`, then for `local`, in whatever case.
-    pub fn lookup(&self, local: &str, domain: Option<&str>) -> Answer {
+    /// All users that were read last, with their lines, in that order.
+    pub fn users(&self) -> Vec<(usize, User)> {
+        let mut users: Vec<_> = self.source.current().values().cloned().collect();
+        users.sort_by_key(|(line, _)| *line);
+        users
+    }
+
+    /// Looks for the whole address, then for its local part, in whatever case.
+    pub fn lookup(&self, address: &Address) -> Answer {
         let users = match self.source.ask() {
             Ok(users) => users,
             Err(reason) => return Answer::Unavailable(reason),
         };
-        let local = local.to_lowercase();
-        let qualified =
-            domain.and_then(normalize_domain).and_then(|domain| users.get(&(local.clone(), Some(domain))));
-        match qualified.or_else(|| users.get(&(local, None))) {
-            Some((_, entry)) => Answer::Found(entry.clone()),
+        let key = address.key();
+        let local = &key[..key.len() - address.domain().map_or(0, |domain| domain.len() + 1)];
+        let whole = address.domain().and_then(|_| users.get(&key));
+        // A local part may have an `@` in it, and is no other domain's user for that.
+        match whole.or_else(|| users.get(local).filter(|_| !local.contains('@'))) {
+            Some((_, user)) => Answer::Found(user.clone()),
             None => Answer::NotFound,
         }
     }
 }
 
-/// By local part in lower case and domain as A-label, with the line that each comes from.
-type Users = HashMap<(String, Option<String>), (usize, Entry)>;
+/// By [`Address::key`], with the line that each comes from.
+type Users = HashMap<String, (usize, User)>;
 
 fn parse(text: &str, _: &Path) -> (Users, Vec<Problem>) {
     let mut users = Users::new();
@@ -93,15 +88,15 @@ fn parse(text: &str, _: &Path) -> (Users, Vec<Problem>) {
         if line.trim().is_empty() || line.starts_with('#') {
             continue;
         }
-        let entry = parse_line(line).and_then(|entry| Ok((key(&entry.name)?, entry)));
-        let message = match entry {
-            Ok((key, entry)) => match users.entry(key) {
+        let user = parse_line(line).and_then(|user| Ok((key(user.name.as_str())?, user)));
+        let message = match user {
+            Ok((key, user)) => match users.entry(key) {
                 hash_map::Entry::Vacant(place) => {
-                    place.insert((number, entry));
+                    place.insert((number, user));
                     continue;
                 }
                 hash_map::Entry::Occupied(first) => {
-                    format!("{:?} is already in line {}, which is used", entry.name, first.get().0)
+                    format!("{:?} is already in line {}, which is used", user.name.as_str(), first.get().0)
                 }
             },
             Err(message) if finished => message,
@@ -112,7 +107,7 @@ fn parse(text: &str, _: &Path) -> (Users, Vec<Problem>) {
     (users, problems)
 }
 
-fn parse_line(line: &str) -> Result<Entry, String> {
+fn parse_line(line: &str) -> Result<User, String> {
     let fields: Vec<&str> = line.split(':').collect();
     let [name, _password, uid, gid, _gecos, home, _shell] = fields[..] else {
         return Err(format!("{} fields instead of 7", fields.len()));
@@ -123,20 +118,17 @@ fn parse_line(line: &str) -> Result<Entry, String> {
     if is_damaged(name) || name.contains('/') {
         return Err(format!("name {name:?} has a character that no name can have"));
     }
-    UserName::try_from(name.to_owned())?;
+    let user_name = UserName::try_from(name.to_owned())?;
     let home = PathBuf::from(home);
     let climbs = home.components().any(|part| part == Component::ParentDir);
     if !home.is_absolute() || climbs || is_damaged(&home.to_string_lossy()) {
         return Err(format!("home {home:?} of {name:?} is no absolute path without \"..\""));
     }
-    Ok(Entry {
-        name: name.to_owned(),
-        uid: parse_id(uid)
-            .ok_or_else(|| format!("uid {uid:?} of {name:?} is no number from 1 to {MAX_ID}"))?,
-        gid: parse_id(gid)
-            .ok_or_else(|| format!("gid {gid:?} of {name:?} is no number from 1 to {MAX_ID}"))?,
-        home,
-    })
+    let id = |kind: &str, text: &str| {
+        parse_id(text).ok_or_else(|| format!("{kind} {text:?} of {name:?} is no number from 1 to {MAX_ID}"))
+    };
+    let account = Account::Virtual { uid: id("uid", uid)?, gid: id("gid", gid)?, home };
+    Ok(User { name: user_name, account, program: None })
 }
 
 /// Digits only: `str::parse` would take a plus sign.
@@ -146,12 +138,12 @@ fn parse_id(text: &str) -> Option<u32> {
     (1..=MAX_ID).contains(&id).then_some(id)
 }
 
-fn key(name: &str) -> Result<(String, Option<String>), String> {
+fn key(name: &str) -> Result<String, String> {
     let Some((local, domain)) = name.rsplit_once('@') else {
-        return Ok((name.to_lowercase(), None));
+        return Ok(name.to_lowercase());
     };
     match normalize_domain(domain) {
-        Some(domain) if !local.is_empty() => Ok((local.to_lowercase(), Some(domain))),
+        Some(domain) if !local.is_empty() => Ok(format!("{}@{domain}", local.to_lowercase())),
         _ => Err(format!("name {name:?} is no mailbox")),
     }
 }
@@ -185,28 +177,27 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
 
     fn uid(answer: Answer) -> u32 {
         match answer {
-            Answer::Found(entry) => entry.uid,
+            Answer::Found(User { account: Account::Virtual { uid, .. }, .. }) => uid,
             other => panic!("{other:?}"),
         }
+    }
+
+    fn look_up(file: &PasswdFile, address: &str) -> Answer {
+        file.lookup(&Address::parse(address.as_bytes()).unwrap())
     }
 
     #[test]
     fn the_name_with_domain_goes_before_the_name_alone() {
         let (_dir, _, file) = open(FILE);
-        assert_eq!(
-            file.lookup("ALICE", Some("example.org")),
-            Answer::Found(Entry {
-                name: "Alice@Example.ORG".to_owned(),
-                uid: 5002,
-                gid: 5000,
-                home: PathBuf::from("/var/vmail/example.org/alice"),
-            })
-        );
-        assert_eq!(uid(file.lookup("alice", Some("example.com"))), 5001);
-        assert_eq!(uid(file.lookup("alice", None)), 5001);
-        assert_eq!(uid(file.lookup("bob", Some("xn--bcher-kva.example"))), 5003);
-        assert_eq!(file.lookup("bob", None), Answer::NotFound);
-        assert_eq!(file.lookup("carol", Some("example.org")), Answer::NotFound);
+        let account = Account::Virtual { uid: 5002, gid: 5000, home: "/var/vmail/example.org/alice".into() };
+        let name = UserName::try_from("Alice@Example.ORG".to_owned()).unwrap();
+        let alice = Answer::Found(User { name, account, program: None });
+        assert_eq!(look_up(&file, "ALICE@example.org"), alice);
+        assert_eq!(uid(look_up(&file, "alice@example.com")), 5001);
+        assert_eq!(uid(look_up(&file, "alice")), 5001);
+        assert_eq!(uid(look_up(&file, "bob@xn--bcher-kva.example")), 5003);
+        assert_eq!(look_up(&file, "bob"), Answer::NotFound);
+        assert_eq!(look_up(&file, "carol@example.org"), Answer::NotFound);
         let problems = file.problems();
         assert_eq!(problems.iter().map(|p| p.line).collect::<Vec<_>>(), [5]);
     }
@@ -214,8 +205,8 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
     #[test]
     fn a_local_part_with_an_at_sign_is_no_way_to_another_domains_user() {
         let (_dir, _, file) = open("a@b.example:x:5000:5000::/home/a:\n");
-        assert_eq!(file.lookup("a@b.example", None), Answer::NotFound);
-        assert_eq!(file.lookup("a@b.example", Some("c.example")), Answer::NotFound);
+        assert_eq!(look_up(&file, "\"a@b.example\""), Answer::NotFound);
+        assert_eq!(look_up(&file, "\"a@b.example\"@c.example"), Answer::NotFound);
     }
 
     #[test]
@@ -251,14 +242,14 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
             assert_eq!(problems[0].line, 1);
             assert!(problems[0].message.contains(why), "{:?}", problems[0]);
             assert_eq!(users.len(), 1);
-            assert!(users.contains_key(&("b".to_owned(), None)));
+            assert!(users.contains_key("b"));
         }
     }
 
     #[test]
     fn of_two_lines_for_one_name_the_first_is_used() {
         let (_dir, _, file) = open("a@B.example:x:1:1::/a:\nb:x:3:1::/b:\nA@b.EXAMPLE:x:2:1::/a:\n");
-        assert_eq!(uid(file.lookup("a", Some("b.example"))), 1);
+        assert_eq!(uid(look_up(&file, "a@b.example")), 1);
         assert_eq!(
             *file.problems(),
             [Problem::new(3, "\"A@b.EXAMPLE\" is already in line 1, which is used")]
@@ -280,7 +271,7 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
         let path = dir.path().join("users");
         fs::write(&path, b"remy:x:5000:5000:R\xe9my:/home/remy:\r\n").unwrap();
         let file = PasswdFile::open(&path);
-        assert_eq!(uid(file.lookup("remy", None)), 5000);
+        assert_eq!(uid(look_up(&file, "remy")), 5000);
         assert_eq!(*file.problems(), [Problem::new(1, "not UTF-8")]);
     }
 
@@ -290,13 +281,13 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
         let next = dir.path().join("next");
         fs::write(&next, "b:x:2:1::/b:\n").unwrap();
         fs::rename(&next, &path).unwrap();
-        assert_eq!(uid(file.lookup("a", None)), 1);
+        assert_eq!(uid(look_up(&file, "a")), 1);
         file.refresh();
-        assert_eq!(file.lookup("a", None), Answer::NotFound);
-        assert_eq!(uid(file.lookup("b", None)), 2);
+        assert_eq!(look_up(&file, "a"), Answer::NotFound);
+        assert_eq!(uid(look_up(&file, "b")), 2);
         fs::remove_file(&path).unwrap();
         file.refresh();
-        assert_eq!(uid(file.lookup("b", None)), 2);
+        assert_eq!(uid(look_up(&file, "b")), 2);
     }
 
     #[test]
@@ -304,10 +295,10 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("users");
         let file = PasswdFile::open(&path);
-        assert!(matches!(file.lookup("a", None), Answer::Unavailable(_)));
+        assert!(matches!(look_up(&file, "a"), Answer::Unavailable(_)));
         fs::write(&path, "").unwrap();
         file.refresh();
-        assert_eq!(file.lookup("a", None), Answer::NotFound);
+        assert_eq!(look_up(&file, "a"), Answer::NotFound);
     }
 
     proptest! {
@@ -316,8 +307,9 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
             text in "([a-z@./:\\\\\u{0}\u{fffd}ü]|:[0-9+-]{1,11}|:/[a-z]|\r|\n){0,60}"
         ) {
             let (users, _) = users(&text);
-            for (_, entry) in users.values() {
-                prop_assert!(entry.uid != 0 && entry.gid != 0 && entry.home.is_absolute());
+            for (_, user) in users.values() {
+                let Account::Virtual { uid, gid, home } = &user.account else { panic!("{user:?}") };
+                prop_assert!(*uid != 0 && *gid != 0 && home.is_absolute());
             }
         }
 

@@ -3,6 +3,10 @@
 //! Readers never wait for a file: they hold a lock only while they clone an [`Arc`]. Whatever happens to the
 //! file, what was read last goes on serving, and a file that never could be read says so: "could not ask" is
 //! not "not found".
+//!
+//! A file is best replaced by renaming, which shows in the next look. One that is written in place may be half-written when
+//! we look, and who is missing from it would be taken for unknown, and refused for good: so a change in place counts when the
+//! next look finds it the same, and a text that was cut off never does while there is an older one.
 
 use std::fs::{self, Metadata, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -82,6 +86,8 @@ struct Published<T> {
 struct LastReading {
     /// Of the content that is published, if any is.
     seen: Option<Seen>,
+    /// Of a change in place, until a second look finds it the same.
+    draft: Option<u64>,
     /// Why the last attempt failed, so that each state is logged once.
     failure: Option<String>,
 }
@@ -117,6 +123,8 @@ enum ReadError {
     Owner(u32),
     #[error("writable by group or other (mode {0:04o})")]
     Writable(u32),
+    #[error("cut off: shorter than before, and its last line is unfinished")]
+    CutOff,
 }
 
 impl ReadError {
@@ -198,10 +206,17 @@ impl<T: Default> SourceFile<T> {
                     tracing::info!("{}: can be read again", self.path.display());
                 }
                 if let Some((seen, bytes)) = reading {
-                    if last.seen.as_ref().is_none_or(|old| old.digest != seen.digest) {
+                    let old = last.seen.as_ref();
+                    let is_new = old.is_none_or(|old| old.digest != seen.digest);
+                    let is_settled = old.is_none_or(|old| seen.identity.was_renamed_over(&old.identity));
+                    if is_new && !is_settled && last.draft != Some(seen.digest) {
+                        last.draft = Some(seen.digest);
+                        return;
+                    }
+                    if is_new {
                         self.publish(&bytes);
                     }
-                    last.seen = Some(seen);
+                    (last.seen, last.draft) = (Some(seen), None);
                 }
             }
             Err(error) => self.note_failure(&mut last, &error),
@@ -229,6 +244,11 @@ impl<T: Default> SourceFile<T> {
         file.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > MAX_SIZE {
             return Err(ReadError::TooLarge);
+        }
+        let is_shorter = seen.is_some_and(|seen| (bytes.len() as u64) < seen.identity.size);
+        // Emptied is a thing that one can mean.
+        if is_shorter && bytes.last().is_some_and(|&last| last != b'\n') {
+            return Err(ReadError::CutOff);
         }
         let seen = Seen { identity: Identity::of(&metadata), young, digest: digest(&bytes) };
         Ok(Some((seen, bytes)))
@@ -305,6 +325,11 @@ impl<T: Default> SourceFile<T> {
 }
 
 impl Identity {
+    /// Whether it is another file, and what was last done to it is no writing.
+    fn was_renamed_over(&self, old: &Self) -> bool {
+        (self.device, self.inode) != (old.device, old.inode) && self.modified != self.changed
+    }
+
     fn of(metadata: &Metadata) -> Self {
         Self {
             device: metadata.dev(),
@@ -381,6 +406,12 @@ mod tests {
         nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     }
 
+    /// A change in place counts in the second look.
+    fn refresh_twice<T: Default>(source: &SourceFile<T>) {
+        source.refresh();
+        source.refresh();
+    }
+
     /// What is logged on this thread while `act` runs.
     fn logged(act: impl FnOnce()) -> String {
         #[derive(Clone, Default)]
@@ -413,9 +444,58 @@ mod tests {
         assert_eq!(*held, ["one"]);
         fs::write(&path, "one\ntwo\n").unwrap();
         assert_eq!(*source.current(), ["one"]);
-        source.refresh();
+        refresh_twice(&source);
         assert_eq!(*source.current(), ["one", "two"]);
         assert_eq!(*held, ["one"]);
+    }
+
+    #[test]
+    fn a_change_in_place_counts_when_a_second_look_finds_it_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, next) = (dir.path().join("source"), dir.path().join("next"));
+        fs::write(&path, "one\ntwo\n").unwrap();
+        let source = SourceFile::open(&path, lines);
+        for text in ["", "zero\n", "zero\none\n", "zero\none\ntwo\n"] {
+            fs::write(&path, text).unwrap();
+            source.refresh();
+            assert_eq!(*source.current(), ["one", "two"]);
+        }
+        source.refresh();
+        assert_eq!(*source.current(), ["zero", "one", "two"]);
+        fs::write(&next, "three\n").unwrap();
+        set_age(&next, Duration::from_secs(1));
+        fs::rename(&next, &path).unwrap();
+        source.refresh();
+        assert_eq!(*source.current(), ["three"], "what was renamed is whole");
+        fs::write(&next, "three\nfour\n").unwrap();
+        fs::rename(&next, &path).unwrap();
+        fs::write(&path, "four\n").unwrap();
+        source.refresh();
+        assert_eq!(*source.current(), ["three"], "what was renamed and is being written is not");
+    }
+
+    #[test]
+    fn a_text_that_is_cut_off_never_takes_the_place_of_a_whole_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, next) = (dir.path().join("source"), dir.path().join("next"));
+        fs::write(&path, "one\ntwo\n").unwrap();
+        let source = SourceFile::open(&path, lines);
+        let log = logged(|| {
+            fs::write(&path, "one\ntw").unwrap();
+            refresh_twice(&source);
+            fs::write(&next, "one\ntw").unwrap();
+            fs::rename(&next, &path).unwrap();
+            refresh_twice(&source);
+        });
+        assert_eq!(*source.current(), ["one", "two"]);
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains("cut off: shorter than before") && log.contains("stays in use"), "{log}");
+        fs::write(&path, "one\nthree").unwrap();
+        refresh_twice(&source);
+        assert_eq!(*source.current(), ["one", "three"], "some write no newline at the end");
+        fs::write(&path, "").unwrap();
+        refresh_twice(&source);
+        assert!(source.current().is_empty());
     }
 
     #[test]
@@ -474,7 +554,7 @@ mod tests {
         source.refresh();
         assert_eq!(PARSED.load(Ordering::Relaxed), 1);
         fs::write(&path, "two\n").unwrap();
-        source.refresh();
+        refresh_twice(&source);
         assert_eq!(PARSED.load(Ordering::Relaxed), 2);
     }
 
@@ -489,7 +569,7 @@ mod tests {
         assert!(source.available());
         assert_eq!(*source.current(), ["one"]);
         fs::write(&path, "two\n").unwrap();
-        source.refresh();
+        refresh_twice(&source);
         assert_eq!(*source.current(), ["two"]);
     }
 

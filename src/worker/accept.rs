@@ -73,11 +73,12 @@ impl Listener {
 }
 
 impl Stream {
-    /// Has what was just read acknowledged without delay (TCP_QUICKACK, tcp(7), which the kernel takes back on its own).
+    /// Has what was read acknowledged now (TCP_QUICKACK, tcp(7), which the kernel takes back on its own), for when more must
+    /// come before there is an answer, which would acknowledge it too.
     ///
     /// Sendmail writes macros and the command that they belong to in two small pieces, and waits with the second one for
-    /// the acknowledgement of the first: 40 ms for every stage.
-    pub(crate) fn acknowledge_at_once(&self) {
+    /// the acknowledgement of the first: 40 ms for every stage. Postfix writes everything up to the next answer at once.
+    pub(crate) fn acknowledge(&self) {
         if let Self::Tcp(stream) = self {
             // Slower, where it can't be set.
             let _ = stream.set_quickack(true);

@@ -28,6 +28,7 @@ use crate::{
         self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report,
         Request, Variable,
     },
+    shares::Shares,
     sys,
     user::User,
 };
@@ -52,9 +53,6 @@ pub(super) const MAX_OUTPUT: usize = 32 * 1024;
 /// Bytes kept of a filter's standard error.
 pub(super) const MAX_ERROR_OUTPUT: usize = 16 * 1024;
 
-/// Bytes kept of a report that is no inspection.
-const MAX_REFUSAL: usize = 8 * 1024;
-
 /// How the drain is to go, once the monitor has asked for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drain {
@@ -68,18 +66,40 @@ pub struct Monitor {
     socket: AsyncFd<OwnedFd>,
     waiting: Mutex<HashMap<JobId, Waiting>>,
     next_job: AtomicU32,
-    inspections: Arc<Semaphore>,
-    log_entries: Arc<Semaphore>,
+    inspections: Limit,
+    log_entries: Limit,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
 }
 
-/// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
+/// Jobs that only touch files, under way at a time: one for each user, since a home that hangs must not keep others
+/// waiting, and not too many in all.
+#[derive(Debug)]
+struct Limit {
+    all: Arc<Semaphore>,
+    shares: Shares,
+}
+
+impl Limit {
+    fn new(all: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(all)), shares: Shares::new(1) }
+    }
+
+    /// The user's own permit first: whoever waits for it must not hold one of everybody's.
+    async fn take(&self, user: &User) -> Permits {
+        let own = self.shares.take(&user.name).await;
+        [own, Arc::clone(&self.all).acquire_owned().await.ok()]
+    }
+}
+
+type Permits = [Option<OwnedSemaphorePermit>; 2];
+
+/// Who waits for a job, and the permits that one for files takes until the monitor has reaped it, even if nobody waits
 /// any more: a worker that starts more than it may is ended. A filter is waited for to its end.
 #[derive(Debug)]
 struct Waiting {
     sender: oneshot::Sender<Ended>,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permits: Permits,
 }
 
 /// How a job ended.
@@ -166,8 +186,8 @@ impl Monitor {
             socket: sys::watch(socket)?,
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
-            inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
-            log_entries: Arc::new(Semaphore::new(MAX_LOG_ENTRIES)),
+            inspections: Limit::new(MAX_INSPECTIONS),
+            log_entries: Limit::new(MAX_LOG_ENTRIES),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
         })
@@ -199,7 +219,7 @@ impl Monitor {
     /// [`InspectError`]
     pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
         let request = |job| Request::Inspect { job, user: user.clone() };
-        let bytes = self.ask_about_files(&self.inspections, request).await?;
+        let bytes = self.ask_about_files(&self.inspections, user, request).await?;
         match monitor::decode(&bytes) {
             Ok(Report::Inspection(inspection)) => Ok(inspection),
             Ok(Report::Refusal(refusal)) => Err(refusal.into()),
@@ -213,8 +233,8 @@ impl Monitor {
     ///
     /// [`InspectError`]
     pub async fn append_to_log(&self, user: &User, text: String) -> Result<(), InspectError> {
-        let request = |job| Request::Log { job, user: user.clone(), text };
-        let bytes = self.ask_about_files(&self.log_entries, request).await?;
+        let request = |job| Request::Log { job, user: user.clone(), text: &text };
+        let bytes = self.ask_about_files(&self.log_entries, user, request).await?;
         match &bytes[..] {
             [] => Ok(()),
             bytes => match monitor::decode(bytes) {
@@ -225,14 +245,16 @@ impl Monitor {
     }
 
     /// Has a job done that only touches a few files of a user's, and returns its report.
-    async fn ask_about_files(
+    async fn ask_about_files<'a>(
         &self,
-        limit: &Arc<Semaphore>,
-        request: impl FnOnce(JobId) -> Request,
+        limit: &Limit,
+        user: &User,
+        request: impl FnOnce(JobId) -> Request<'a>,
     ) -> Result<Vec<u8>, InspectError> {
-        let permit = Arc::clone(limit).acquire_owned().await.map_err(io::Error::other)?;
+        let permits = timeout(FILES_TIME_LIMIT, limit.take(user)).await;
+        let permits = permits.map_err(|_| InspectError::NoAnswer)?;
         let (report, theirs) = report_pipe()?;
-        let (job, ended) = self.new_job(Some(permit));
+        let (job, ended) = self.new_job(permits);
         self.send(job, &request(job), &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
@@ -252,17 +274,18 @@ impl Monitor {
     ///
     /// If the monitor can't be asked.
     pub async fn run(&self, request: RunRequest) -> io::Result<Finished> {
-        let (mut refusal, their_report) = Capture::new(MAX_REFUSAL)?;
         let (mut output, their_output) = Capture::new(MAX_OUTPUT)?;
         let (mut error_output, their_error_output) = Capture::new(MAX_ERROR_OUTPUT)?;
         let RunRequest { user, phase, extension, variables, time_limit, message } = request;
-        let (job, mut ended) = self.new_job(None);
+        let (job, mut ended) = self.new_job(Permits::default());
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
+        let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
+        let extension = extension.as_deref();
         let packet = Request::Run { job, user, phase, extension, variables, time_limit };
         let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
-        descriptors.extend([&their_output, &their_error_output, &their_report]);
+        descriptors.extend([&their_output, &their_error_output]);
         self.send(job, &packet, &descriptors).await?;
-        drop((message, their_output, their_error_output, their_report));
+        drop((message, their_output, their_error_output));
 
         let ended = match timeout(FIRST_LOOK, &mut ended).await {
             Ok(ended) => ended,
@@ -278,23 +301,22 @@ impl Monitor {
             }
         };
         let ended = ended.map_err(io::Error::other)?;
-        for capture in [&mut output, &mut error_output, &mut refusal] {
-            capture.fill_now();
-        }
-        let refusal = match &refusal.bytes[..] {
-            [] => None,
-            bytes => match monitor::decode(bytes) {
+        output.fill_now();
+        error_output.fill_now();
+        let refusal = match ended.end {
+            End::NotRun => match monitor::decode(&std::mem::take(&mut output.bytes)) {
                 Ok(Report::Refusal(refusal)) => Some(refusal),
                 _ => Some(Refusal::Check("unreadable report".into())),
             },
+            _ => None,
         };
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
 
-    fn new_job(&self, permit: Option<OwnedSemaphorePermit>) -> (JobId, oneshot::Receiver<Ended>) {
+    fn new_job(&self, permits: Permits) -> (JobId, oneshot::Receiver<Ended>) {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
-        self.waiting().insert(id, Waiting { sender, _permit: permit });
+        self.waiting().insert(id, Waiting { sender, _permits: permits });
         (id, receiver)
     }
 
@@ -303,7 +325,7 @@ impl Monitor {
     }
 
     /// Sends a request for a job, of which nothing will be heard if that fails.
-    async fn send(&self, job: JobId, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send(&self, job: JobId, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let sent = self.send_packet(request, descriptors).await;
         if sent.is_err() {
             self.waiting().remove(&job);
@@ -311,7 +333,7 @@ impl Monitor {
         sent
     }
 
-    async fn send_packet(&self, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send_packet(&self, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let packet = monitor::encode(request).map_err(io::Error::other)?;
         if packet.len() > MAX_PACKET {
             return Err(io::Error::other("request is too long for the monitor"));

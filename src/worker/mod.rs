@@ -29,7 +29,7 @@ pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
 use crate::{
     config::Config,
-    logging::Chain,
+    logging::{Chain, tell_lost},
     metrics::{Metrics, Service},
     milter,
     monitor::History,
@@ -37,8 +37,8 @@ use crate::{
     policy, sys,
 };
 
-/// How often files of the configuration (aliases, passwd-files) are looked at.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often files of the configuration (aliases, passwd-files) are looked at. A change in place takes two looks.
+const REFRESH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What the worker has from the monitor.
 #[derive(Debug)]
@@ -107,8 +107,11 @@ fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<
     // Open until the process is gone: the monitor kills a worker that closes its channel, and why would be lost.
     std::mem::forget(inherited.channel.try_clone());
     let outcome = prepare_process(&inherited).and_then(|()| {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(system("tokio"))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads())
+            .enable_all()
+            .build()
+            .map_err(system("tokio"))?;
         runtime.block_on(body(inherited))
     });
     match outcome {
@@ -121,6 +124,12 @@ fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<
             }
         }
     }
+}
+
+/// Half as many as there are processors: the MTA and the filters, for whom the others are, use more of them than the worker
+/// does, and each message that one thread hands to another costs two system calls.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
 }
 
 /// Leaves nothing of the monitor but what is needed.
@@ -274,6 +283,7 @@ async fn refresh(pipeline: Arc<Pipeline>) {
         tokio::time::sleep(REFRESH_INTERVAL).await;
         let pipeline = Arc::clone(&pipeline);
         let _ = tokio::task::spawn_blocking(move || pipeline.refresh()).await;
+        tell_lost();
     }
 }
 

@@ -25,6 +25,7 @@ mod load;
 mod memory;
 mod milter;
 mod policy;
+mod postfix;
 mod report;
 mod site;
 mod spawn;
@@ -116,6 +117,27 @@ const FIGURES: &[Figure] = &[
         measure: milter::no_filter,
     },
     Figure {
+        name: "milter-libmilter",
+        what: "messages/s of 4 KiB, no filter, 4 connections",
+        floor: "a milter in C on libmilter that does nothing, in ten callbacks",
+        bar: 8.0,
+        measure: milter::against_libmilter,
+    },
+    Figure {
+        name: "postfix",
+        what: "messages/s of 4 KiB through Postfix, no filter, 10 sessions",
+        floor: "the same Postfix without a milter",
+        bar: 0.93,
+        measure: postfix::no_filter,
+    },
+    Figure {
+        name: "postfix-filter",
+        what: "messages/s of 4 KiB through Postfix, one filter (true), 10 sessions",
+        floor: "the slower of the same Postfix without a milter, and the floor of filter",
+        bar: 0.9,
+        measure: postfix::filter,
+    },
+    Figure {
         name: "filter",
         what: "messages/s of 4 KiB, one filter (true), 4 connections",
         floor: "fork, set ids, exec, wait; as many at a time as cores",
@@ -128,6 +150,13 @@ const FIGURES: &[Figure] = &[
         floor: "ten such runs reading the same file, 20 at a time",
         bar: 0.85,
         measure: filter::ten,
+    },
+    Figure {
+        name: "filter-p99",
+        what: "wait for the answer to the end of a message of 4 KiB, one filter (true), half of what can be done at most",
+        floor: "fork, set ids, exec, wait, with half of what can be done at most",
+        bar: 1.5,
+        measure: filter::latency,
     },
     Figure {
         name: "ldap-cached",

@@ -2,10 +2,12 @@
 //! agreed on, everything up to the next wait in one write, no more of a message after it was accepted.
 
 use std::io::{Read, Write};
+use std::time::{Duration, Instant};
 
+use crate::common::Sandbox;
 use crate::common::milter::{ALL_ACTIONS, Frame, protocol};
 use crate::common::stream::Stream;
-use crate::floors::Floor;
+use crate::floors::{Floor, Running};
 use crate::load::Side;
 use crate::report::Outcome;
 use crate::site::{self, PLAIN, SENDER, Site};
@@ -14,7 +16,17 @@ use crate::{Plan, load};
 const CONNECTIONS: usize = 4;
 
 pub(crate) fn no_filter(site: &Site, plan: Plan) -> Outcome {
-    let floor = Floor::milter();
+    against(site, plan, &Floor::milter())
+}
+
+pub(crate) fn against_libmilter(site: &Site, plan: Plan) -> Outcome {
+    match Floor::libmilter(&Sandbox::new()) {
+        Some(floor) => against(site, plan, &floor),
+        None => Outcome::Skipped("no cc or no libmilter; apt-get install gcc libmilter-dev".into()),
+    }
+}
+
+fn against(site: &Site, plan: Plan, floor: &Running) -> Outcome {
     let message = Message::new(&[PLAIN], 4096);
     Outcome::Measured(load::in_turn(
         plan,
@@ -40,6 +52,18 @@ pub(crate) fn rate(address: &str, message: &Message, connections: usize, plan: P
             assert!(end.is(answer), "the milter said {:?} of the message", char::from(answer));
         },
     )
+}
+
+/// How long each of the messages that are sent at these times has to wait for the answer to its end.
+pub(crate) fn waits(address: &str, message: &Message, times: &[Duration], end: End) -> Vec<Duration> {
+    /// More than are ever under way.
+    const CONNECTIONS: usize = 32;
+    let ask = |session: &mut Session| {
+        let (answer, wait) = session.send_timed();
+        assert!(end.is(answer), "the milter said {:?} of the message", char::from(answer));
+        wait
+    };
+    load::at_times(CONNECTIONS, times, || Session::open(address, message), ask)
 }
 
 /// What is expected of a message.
@@ -149,11 +173,30 @@ impl Session {
         Self { steps: script.steps, is_first: true, ..session }
     }
 
+    /// Sends a message but for its end, with as many bytes in its body: the last chunk of this session's message again and
+    /// again.
+    pub(crate) fn send_unfinished(&mut self, size: usize) {
+        let (_, start) = self.steps.split_last().expect("an end of message");
+        let (chunk, _) = start.last().expect("a body");
+        let more = size.div_ceil(chunk.len());
+        for bytes in start.iter().map(|(bytes, _)| bytes).chain(std::iter::repeat_n(chunk, more)) {
+            let skipped = if std::mem::take(&mut self.is_first) { ABORT_LENGTH } else { 0 };
+            self.stream.write_all(&bytes[skipped..]).unwrap();
+            assert_eq!(read_answer(&mut self.stream), b'c', "the milter wants no more of it");
+        }
+    }
+
     /// Sends the message, as far as the milter wants it; the answer that decided.
     pub(crate) fn send(&mut self) -> u8 {
-        let mut answer = b'c';
+        self.send_timed().0
+    }
+
+    /// And how long that answer took.
+    pub(crate) fn send_timed(&mut self) -> (u8, Duration) {
+        let (mut answer, mut asked) = (b'c', Instant::now());
         for (bytes, command) in &self.steps {
             let skipped = if std::mem::take(&mut self.is_first) { ABORT_LENGTH } else { 0 };
+            asked = Instant::now();
             self.stream.write_all(&bytes[skipped..]).unwrap();
             answer = read_answer(&mut self.stream);
             if answer != b'c' {
@@ -161,7 +204,7 @@ impl Session {
                 break;
             }
         }
-        answer
+        (answer, asked.elapsed())
     }
 }
 

@@ -65,6 +65,11 @@ impl Postfix {
         self.port
     }
 
+    /// The pid of master(8).
+    pub fn pid(&self) -> u32 {
+        self.server.pid()
+    }
+
     /// The directory that holds everything of this instance (etc, spool, mail, maillog).
     pub fn directory(&self) -> &Path {
         self.sandbox.path()

@@ -11,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::bytes::BytesMut;
 use tokio_util::codec::Decoder;
-use usermilter::policy::{self, CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
+use usermilter::policy::{self, Attribute, CodecError, MAX_REQUEST_LENGTH, PolicyCodec, Request};
 use usermilter_fuzz::{Plan, with_worker};
 
 fuzz_target!(|data: &[u8]| {
@@ -37,7 +37,8 @@ fuzz_target!(|data: &[u8]| {
         (rest, count) = (&rest[end + 2..], count + 1);
     }
     // The connection is closed on a request for something else.
-    let is_access = |request: &Request| request.get("request").as_deref() == Some("smtpd_access_policy");
+    let is_access =
+        |request: &Request| request.get(Attribute::Request).as_deref() == Some("smtpd_access_policy");
     let good = whole.iter().take_while(|request| is_access(request)).count();
     assert_eq!(count, good);
 });

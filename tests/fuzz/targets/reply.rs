@@ -55,7 +55,7 @@ fn check(reply: &Reply, verdict: Verdict, smtputf8: bool) {
         assert!(!line.replace("%%", "").contains('%'), "{line:?}");
     }
     let mut buffer = BytesMut::new();
-    PolicyCodec::default().encode(reply.policy_action(), &mut buffer).unwrap();
+    PolicyCodec::default().encode(&reply.policy_action(), &mut buffer).unwrap();
     let action =
         buffer.strip_prefix(b"action=").and_then(|rest| rest.strip_suffix(b"\n\n")).expect("an action");
     assert!(!action.iter().any(u8::is_ascii_control));
