@@ -215,10 +215,11 @@ impl Pipeline {
         }
         // Sendmail has resolved the address already and says to which mailbox; Postfix repeats it.
         let mailbox = argument.mailbox.as_deref().filter(|_| is_local);
-        let mailbox = mailbox.and_then(|mailbox| Address::parse(mailbox.as_bytes()).ok());
+        let mailbox = mailbox.and_then(|mailbox| Address::from_client(mailbox.as_bytes()).ok());
         match self.resolver.resolve(mailbox.as_ref().unwrap_or(address), is_local).await {
             Err(unavailable) => {
-                warn!("{}: {address}: {unavailable}", envelope.queue_id());
+                let (address, why) = (address.to_string(), unavailable.to_string());
+                warn!("{}: {}: {}", envelope.queue_id(), Quoted(&address), Quoted(&why));
                 self.trouble(unavailable.on_error, unavailable.to_string())
             }
             Ok(resolution) if resolution.is_nobody() => match settings.unknown {
@@ -647,13 +648,13 @@ impl Pipeline {
 /// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
 /// spelling.
 fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
-    let named = Address::parse(&argument.raw);
+    let named = Address::from_client(&argument.raw);
     let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
     if named.as_ref().is_ok_and(|address| !is_odd(address)) {
         return named;
     }
     let reading = match (&argument.mailbox, &named) {
-        (Some(mailbox), _) => Address::parse(mailbox.as_bytes()).ok(),
+        (Some(mailbox), _) => Address::from_client(mailbox.as_bytes()).ok(),
         (None, Ok(address)) => address.without_routing(),
         (None, Err(_)) => None,
     };

@@ -286,6 +286,8 @@ impl Child<'_> {
             }
             let plain =
                 identity.home.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+            // A path with NUL is none to the kernel: it could neither be checked nor entered, nor told to the filter.
+            let plain = plain && !identity.home.as_os_str().as_bytes().contains(&0);
             if !plain || !is_below(&identity.home, &self.settings.virtual_homes) {
                 return no(format!("home {} outside filter.virtual-homes", identity.home.display()));
             }
@@ -532,6 +534,34 @@ fn environment(identity: &Identity, variables: &[(Variable, &str)]) -> Vec<CStri
         .collect()
 }
 
+/// For tests/fuzz: what a child would make of a request to run a filter, before it becomes anybody.
+#[cfg(fuzzing)]
+pub struct Examined {
+    /// Who it would become.
+    pub uid: u32,
+    /// The same.
+    pub gid: u32,
+    /// Where it would look for filters.
+    pub home: PathBuf,
+    /// The environment of the filter.
+    pub environment: Vec<CString>,
+}
+
+/// `None`: it would refuse.
+#[cfg(fuzzing)]
+pub fn examine(settings: &Filter, user: &User, variables: &[(Variable, &str)]) -> Option<Examined> {
+    let hard_limits = HardLimits::of_process().ok()?;
+    let child = Child { settings, monitor: getppid(), hard_limits: &hard_limits };
+    let identity = child.identify(user).ok()?;
+    let environment = environment(&identity, variables);
+    Some(Examined {
+        uid: identity.uid.as_raw(),
+        gid: identity.gid.as_raw(),
+        home: identity.home,
+        environment,
+    })
+}
+
 pub(super) fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
     Refusal::Check(format!("{what}: {error}"))
 }
@@ -592,7 +622,9 @@ mod tests {
         assert_eq!(refusal("v", virtual_user(5000, 5000, "/var/vmail/v")), "5000 allowed");
         assert!(refusal("v", virtual_user(4999, 5000, "/var/vmail/v")).contains("virtual-uids"));
         assert!(refusal("v", virtual_user(5000, 6000, "/var/vmail/v")).contains("virtual-uids"));
-        for home in ["/var/vmail", "/var/vmail/../root", "/var/vmailx/v", "var/vmail/v", "/root"] {
+        for home in
+            ["/var/vmail", "/var/vmail/../root", "/var/vmailx/v", "var/vmail/v", "/root", "/var/vmail/v\0"]
+        {
             assert!(refusal("v", virtual_user(5000, 5000, home)).contains("virtual-homes"), "{home}");
         }
     }

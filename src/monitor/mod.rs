@@ -20,6 +20,8 @@ mod supervise;
 mod user_log;
 mod wire;
 
+#[cfg(fuzzing)]
+pub use child::{Examined, examine};
 pub use history::{History, Incident};
 pub use sockets::{Activated, BindError};
 pub use supervise::{MonitorError, run_once, serve, serve_with};

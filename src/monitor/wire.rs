@@ -359,6 +359,29 @@ mod tests {
 
     proptest! {
         #[test]
+        fn what_a_worker_sends_is_what_the_monitor_reads(
+            job in any::<JobId>(), name in "[a-z][a-z0-9@.]{0,20}", ids in any::<(u32, u32)>(), home in "/[^\0]{0,30}",
+            extension in prop::option::of(any::<String>()), helo in any::<String>(), time_limit in any::<u64>(),
+        ) {
+            let account = crate::user::Account::Virtual { uid: ids.0, gid: ids.1, home: home.into() };
+            let user = User { name: name.try_into().unwrap(), account, program: None };
+            let variables = vec![(Variable::ClientHelo, helo)];
+            let extension = extension.as_deref();
+            let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
+            let request = Request::Run { job, user, phase: Phase::Message, extension, variables, time_limit };
+            let bytes = encode(&request).unwrap();
+            let read: Request = decode(&bytes).unwrap();
+            prop_assert_eq!(format!("{read:?}"), format!("{request:?}"));
+        }
+
+        #[test]
+        fn no_extension_leads_out_of_the_directory(extension in "[./\0a-]{0,6}|(?s).{0,12}") {
+            for name in Phase::Message.candidates(Some(&extension)) {
+                prop_assert!(name.starts_with("message") && !name.contains(['/', '\0']), "{:?}", name);
+            }
+        }
+
+        #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode::<Request>(&bytes);
             let _ = decode::<Event>(&bytes);
