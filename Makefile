@@ -10,7 +10,7 @@ BINARY  := $(BUILT)/usermilter
 COMPLETIONS := $(BUILT)/completions
 TO      := $(DESTDIR)$(PREFIX)
 
-.PHONY: help build test demo bench fmt lint audit completions install uninstall deb clean
+.PHONY: help build test demo chaos load bench fmt lint audit completions install uninstall deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,6 +26,14 @@ test: ## run every test (as root: they start servers and run programs as several
 demo: ## show real SMTP dialogues with a private Postfix (as root); KEEP=1 leaves it running
 	tests/install-dependencies
 	$(CARGO) test --quiet --release --locked --test demo
+
+chaos: ## break everything under load, for a quarter of an hour (as root), and count the mail; ARGS= chooses scenarios
+	tests/install-dependencies
+	CHAOS=long $(CARGO) test --quiet --release --locked --test chaos -- $(ARGS)
+
+load: ## keep thousands of connections busy for ten minutes (as root), and see what grows
+	tests/install-dependencies
+	LOAD=long $(CARGO) test --quiet --release --locked --test load -- --nocapture $(ARGS)
 
 bench: ## measure every figure of docs/performance.md (as root); ARGS=--help shows how to choose
 	tests/install-dependencies

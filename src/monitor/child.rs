@@ -511,7 +511,7 @@ fn check_pipe(what: &str, descriptor: &OwnedFd) -> Result<(), Refusal> {
 }
 
 /// The first act of a job that only reports: closes all that is the monitor's.
-fn keep_only(report: &OwnedFd) -> Result<(), Refusal> {
+pub(super) fn keep_only(report: &OwnedFd) -> Result<(), Refusal> {
     sys::close_all_but(&[report.as_raw_fd()]).map_err(|e| refused("descriptors", e))?;
     check_pipe("report", report)
 }
@@ -532,7 +532,7 @@ fn environment(identity: &Identity, variables: &[(Variable, &str)]) -> Vec<CStri
         .collect()
 }
 
-fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
+pub(super) fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
     Refusal::Check(format!("{what}: {error}"))
 }
 
