@@ -5,9 +5,12 @@ DESTDIR ?=
 # rustup's place, if it is not (yet) on the path: tests/install-dependencies may be about to install it.
 CARGO   ?= $(or $(shell command -v cargo),$(HOME)/.cargo/bin/cargo)
 
-BINARY  := $(or $(CARGO_TARGET_DIR),target)/release/usermilter
+BUILT   := $(or $(CARGO_TARGET_DIR),target)/release
+BINARY  := $(BUILT)/usermilter
+COMPLETIONS := $(BUILT)/completions
+TO      := $(DESTDIR)$(PREFIX)
 
-.PHONY: help build test demo bench fmt lint install clean
+.PHONY: help build test demo bench fmt lint audit completions install uninstall deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -16,7 +19,7 @@ build: ## build the release binary
 	$(CARGO) build --release --locked
 
 test: ## run every test (as root: they start servers and run programs as several users)
-	tests/install-dependencies
+	tests/install-dependencies packaging
 	$(CARGO) test --locked
 	KEEP= $(CARGO) test --locked --test demo
 
@@ -36,13 +39,53 @@ lint: ## check format and lints, as CI does
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --test demo -- -D warnings
 
-install: ## install to $(DESTDIR)$(PREFIX), building first if need be
-	@test -x $(BINARY) || $(MAKE) build
-	install -D -m 0755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/usermilter
+audit: ## check licences, sources, duplicates and, online, known holes of the dependencies (deny.toml)
+	tests/install-dependencies audit
+	$(CARGO) deny --locked check licenses bans sources
+	@if timeout 30 git ls-remote --quiet https://github.com/RustSec/advisory-db HEAD >/dev/null 2>&1; then \
+	    $(CARGO) deny --locked check advisories; \
+	else \
+	    echo "NOT CHECKED: known holes, since the advisory database cannot be reached" >&2; \
+	fi
+
+completions: $(BINARY) # into the build directory, for `install` and `deb`
+	@mkdir -p $(COMPLETIONS)
+	$(BINARY) completions bash > $(COMPLETIONS)/usermilter
+	$(BINARY) completions zsh > $(COMPLETIONS)/_usermilter
+	$(BINARY) completions fish > $(COMPLETIONS)/usermilter.fish
+
+$(BINARY):
+	$(MAKE) build
+
+install: completions ## install to $(DESTDIR)$(PREFIX), building first if need be
+	install -D -m 0755 $(BINARY) $(TO)/bin/usermilter
 	@for page in docs/man/*.[1-8]; do \
-	    test -f "$$page" || continue; \
-	    install -v -D -m 0644 "$$page" "$(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}"; \
+	    install -v -D -m 0644 "$$page" "$(TO)/share/man/man$${page##*.}/$${page##*/}" || exit 1; \
 	done
+	install -D -m 0644 $(COMPLETIONS)/usermilter $(TO)/share/bash-completion/completions/usermilter
+	install -D -m 0644 $(COMPLETIONS)/_usermilter $(TO)/share/zsh/site-functions/_usermilter
+	install -D -m 0644 $(COMPLETIONS)/usermilter.fish $(TO)/share/fish/vendor_completions.d/usermilter.fish
+	install -D -m 0644 packaging/usermilter.toml $(TO)/share/doc/usermilter/examples/usermilter.toml
+	@for file in postfix/* sendmail/* ldap/*; do \
+	    install -v -D -m 0644 "$$file" "$(TO)/share/doc/usermilter/examples/$$file" || exit 1; \
+	done
+	@for unit in packaging/systemd/*; do \
+	    install -d $(TO)/lib/systemd/system && \
+	    sed 's|/usr/bin/usermilter|$(PREFIX)/bin/usermilter|' "$$unit" > "$(TO)/lib/systemd/system/$${unit##*/}" || exit 1; \
+	done
+	install -D -m 0644 packaging/sysusers.d/usermilter.conf $(TO)/lib/sysusers.d/usermilter.conf
+	install -D -m 0644 packaging/tmpfiles.d/usermilter.conf $(TO)/lib/tmpfiles.d/usermilter.conf
+
+uninstall: ## remove from $(DESTDIR)$(PREFIX) what `install` has put there
+	rm -f $(TO)/bin/usermilter $(foreach page,$(wildcard docs/man/*.[1-8]),$(TO)/share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page)))
+	rm -f $(TO)/share/bash-completion/completions/usermilter $(TO)/share/zsh/site-functions/_usermilter
+	rm -f $(TO)/share/fish/vendor_completions.d/usermilter.fish
+	rm -f $(addprefix $(TO)/lib/systemd/system/,$(notdir $(wildcard packaging/systemd/*)))
+	rm -f $(TO)/lib/sysusers.d/usermilter.conf $(TO)/lib/tmpfiles.d/usermilter.conf
+	rm -rf $(TO)/share/doc/usermilter
+
+deb: build completions ## build a Debian package, target/debian/usermilter_*.deb (needs cargo-deb)
+	$(CARGO) deb --no-build --locked $(if $(DEBEMAIL),--maintainer "$(DEBFULLNAME) <$(DEBEMAIL)>")
 
 clean: ## remove what was built
 	$(CARGO) clean

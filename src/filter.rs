@@ -5,8 +5,7 @@
 //! temporary ones defer, and everything else is a *filter error*, which never rejects.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,8 +17,9 @@ use crate::{
     metrics::{FilterMetrics, OneMore, RunningFilter},
     monitor::{End, Phase, Refusal, Variable},
     reply::Reply,
+    shares::Shares,
     spool::Message,
-    user::{User, UserName},
+    user::User,
     verdict::{Opinion, Verdict},
     worker::{Finished, Monitor, RunRequest},
 };
@@ -154,7 +154,7 @@ pub struct Filters {
     monitor: Arc<Monitor>,
     settings: config::Filter,
     all: Arc<Semaphore>,
-    by_user: Mutex<HashMap<UserName, Weak<Semaphore>>>,
+    shares: Shares,
     metrics: FilterMetrics,
 }
 
@@ -162,7 +162,8 @@ impl Filters {
     /// For a worker.
     pub fn new(monitor: Arc<Monitor>, settings: config::Filter, metrics: FilterMetrics) -> Self {
         let all = Arc::new(Semaphore::new(settings.max_processes));
-        Self { monitor, settings, all, by_user: Mutex::default(), metrics }
+        let shares = Shares::new(settings.max_processes_per_user);
+        Self { monitor, settings, all, shares, metrics }
     }
 
     /// Asks a filter when there is room for it. `None` if `not_needed` was cancelled before it could start.
@@ -199,20 +200,8 @@ impl Filters {
 
     /// The user's own permit first: whoever waits for it must not hold one of everybody's.
     async fn room(&self, user: &User) -> Room {
-        let own = self.semaphore_of(user).acquire_owned().await.ok();
+        let own = self.shares.take(&user.name).await;
         Room { _own: own, _shared: Arc::clone(&self.all).acquire_owned().await.ok() }
-    }
-
-    fn semaphore_of(&self, user: &User) -> Arc<Semaphore> {
-        let mut by_user = self.by_user.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(semaphore) = by_user.get(&user.name).and_then(Weak::upgrade) {
-            return semaphore;
-        }
-        // Only users with filters under way are kept.
-        by_user.retain(|_, semaphore| semaphore.strong_count() > 0);
-        let semaphore = Arc::new(Semaphore::new(self.settings.max_processes_per_user));
-        by_user.insert(user.name.clone(), Arc::downgrade(&semaphore));
-        semaphore
     }
 
     async fn run(&self, question: &Question<'_>) -> Answer {
@@ -277,6 +266,7 @@ impl Filters {
             End::TimedOut => {
                 return self.error(AnswerKind::Timeout, "timed out".into(), elapsed);
             }
+            End::NotRun => return self.error(AnswerKind::NotExecutable, "not run".into(), elapsed),
             End::NotStarted(errno) => {
                 let why = nix::errno::Errno::from_raw(errno).desc();
                 return self.error(AnswerKind::NotStarted, format!("not started: {why}"), elapsed);

@@ -12,12 +12,13 @@
 //!                                                 fork ─► become the user ─► check ─► exec
 //! ```
 //!
-//! * [`cli`], [`config`], [`logging`]: what starts it; [`metrics`] and [`status`]: what those see who watch;
+//! * [`cli`], [`config`] with [`spelling`], [`logging`]: what starts it; [`metrics`] and [`status`]: what those see who
+//!   watch;
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
-//! * [`address`], [`resolver`], [`user`]: who a recipient is;
+//! * [`address`], [`resolver`], [`inquiry`], [`user`]: who a recipient is;
 //! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it
-//!   is asked; [`answers`]: what they have just said;
+//!   is asked; [`shares`]: how much of it at a time; [`answers`]: what they have just said;
 //! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`], [`user_log`]: what comes of it.
 
 pub mod address;
@@ -28,6 +29,7 @@ pub mod config;
 pub mod environment;
 pub mod filter;
 pub mod holdings;
+pub mod inquiry;
 pub mod logging;
 pub mod metrics;
 pub mod milter;
@@ -40,6 +42,8 @@ pub mod reply;
 pub mod resolver;
 pub mod rules;
 pub mod ruling;
+pub mod shares;
+pub mod spelling;
 pub mod spool;
 pub mod status;
 pub mod sys;

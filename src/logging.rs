@@ -4,9 +4,19 @@
 //! daemon; *warn* what an operator should look at some day; *error* what needs someone now; *debug* steps;
 //! *trace* protocol frames. Text of strangers is written escaped, so that no line can be forged.
 
-use std::{error::Error, fmt};
+use std::{
+    error::Error,
+    fmt,
+    io::{self, Write},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+};
 
-use tracing::level_filters::LevelFilter;
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl, open},
+    sys::stat::{Mode, SFlag, fstat},
+    unistd::dup2_stderr,
+};
+use tracing::{level_filters::LevelFilter, warn};
 use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::config::{Log, LogFormat, LogLevel};
@@ -22,7 +32,7 @@ pub fn start(log: &Log) {
     };
     // Text on standard error is for people and grep; a write that fails (a closed pipe) must not end the daemon.
     let stderr = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(|| StandardError)
         .with_ansi(false)
         .with_target(false)
         .log_internal_errors(false);
@@ -41,8 +51,74 @@ fn under_journald() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
         return false;
     };
-    nix::sys::stat::fstat(std::io::stderr())
-        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+    fstat(io::stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// Room for lines in the pipe behind standard error, in bytes: a second of much mail. The most that the kernel gives without
+/// privilege (pipe(7)).
+const PIPE_SIZE: i32 = 1 << 20;
+
+/// Makes standard error lose what a pipe has no room for, instead of waiting: a reader that stands still must not hold up
+/// the mail.
+///
+/// The pipe is opened anew, since whoever else writes to it may rely on waiting. Where it can't be opened (it is a
+/// socket, or another user's) all stays as it was.
+pub fn never_wait() {
+    let is_pipe = fstat(io::stderr())
+        .is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO);
+    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    if is_pipe && let Ok(pipe) = open("/proc/self/fd/2", flags, Mode::empty()) {
+        let _ = fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
+        let _ = dup2_stderr(&pipe);
+    }
+}
+
+/// Lines of this process that were lost, and not told of yet.
+static LOST: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether the last line stands there without its end.
+static IS_TORN: AtomicBool = AtomicBool::new(false);
+
+/// Says how many lines were lost, as soon as there is room to say so.
+pub fn tell_lost() {
+    let lost = LOST.swap(0, Ordering::Relaxed);
+    if lost > 0 {
+        warn!("{lost} log lines lost: standard error had no room for them");
+        // This one too.
+        if LOST.load(Ordering::Relaxed) > 0 {
+            LOST.fetch_add(lost - 1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Standard error, to which a line is written whole or else counted.
+struct StandardError;
+
+impl Write for StandardError {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut stderr = io::stderr().lock();
+        let mut write = |mut bytes: &[u8]| {
+            while !bytes.is_empty() {
+                match stderr.write(bytes) {
+                    Ok(written) => bytes = &bytes[written..],
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+                    Err(_) => break,
+                }
+            }
+            bytes.len()
+        };
+        let ended = !IS_TORN.load(Ordering::Relaxed) || write(b"\n") == 0;
+        let left = if ended { write(line) } else { line.len() };
+        IS_TORN.store(!ended || (1..line.len()).contains(&left), Ordering::Relaxed);
+        if left > 0 {
+            LOST.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// An error with all its causes, as `what failed: because of this: because of that`.

@@ -25,7 +25,7 @@ use nix::{
 use tokio::io::unix::AsyncFd;
 
 /// Most descriptors that travel with one message.
-pub const MAX_DESCRIPTORS: usize = 4;
+pub const MAX_DESCRIPTORS: usize = 3;
 
 /// Forks, and runs `child` in the child, which never returns from it; gives the child's pid to the parent.
 ///
@@ -62,6 +62,25 @@ pub fn exit_now(status: i32) -> ! {
 }
 
 fn is_single_threaded() -> bool {
+    libc_knows_no_other_thread() || no_other_thread_is_listed()
+}
+
+#[cfg(target_env = "gnu")]
+fn libc_knows_no_other_thread() -> bool {
+    unsafe extern "C" {
+        /// <sys/single_threaded.h>: not zero as long as the C library knows of one thread only.
+        static __libc_single_threaded: libc::c_char;
+    }
+    // SAFETY: the C library defines it, as a char; it changes only when this thread creates another.
+    unsafe { (&raw const __libc_single_threaded).read_volatile() != 0 }
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn libc_knows_no_other_thread() -> bool {
+    false
+}
+
+fn no_other_thread_is_listed() -> bool {
     // A directory per thread, beside `.` and `..`: counting its links is cheaper than reading it, as it is for each
     // filter. An unreadable /proc says nothing, and then the structure of the program must do.
     std::fs::metadata("/proc/self/task").map_or(true, |tasks| tasks.nlink() <= 3)
@@ -151,9 +170,10 @@ pub fn close_in_child(descriptors: &[RawFd]) {
     }
 }
 
-/// Makes a forked child the owner of a descriptor that it inherited, under the same promise.
+/// Makes a process the owner of a descriptor that it inherited: a forked child, under the same promise, or a program at
+/// its start, once for each.
 pub fn adopt(descriptor: RawFd) -> OwnedFd {
-    // SAFETY: the descriptor is open (it was in the parent), and the child's copy of the old owner is never dropped.
+    // SAFETY: the descriptor is open (it was in the parent), and a child's copy of the old owner is never dropped.
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 

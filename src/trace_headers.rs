@@ -5,22 +5,24 @@
 
 use std::{io, net::IpAddr};
 
+use jiff::Timestamp;
+
 use crate::{spool::Spool, transaction::Envelope};
 
-/// Writes both fields. `host`: the MTA's name.
+/// Writes both fields. `host`: the MTA's name; `date`: when the mail came.
 ///
 /// # Errors
 ///
 /// If the spool can't be written.
-pub fn write(spool: &mut Spool, envelope: &Envelope, host: &str) -> io::Result<()> {
+pub fn write(spool: &mut Spool, envelope: &Envelope, host: &str, date: Timestamp) -> io::Result<()> {
     spool.header(b"Return-Path", format!(" <{}>", envelope.sender).as_bytes())?;
-    spool.header(b"Received", received(envelope, host).as_bytes())
+    spool.header(b"Received", received(envelope, host, date).as_bytes())
 }
 
-fn received(envelope: &Envelope, host: &str) -> String {
+fn received(envelope: &Envelope, host: &str, date: Timestamp) -> String {
     let client = &envelope.client;
-    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
-    let date = jiff::fmt::rfc2822::to_string(&now).unwrap_or_default();
+    let date = date.to_zoned(jiff::tz::TimeZone::UTC);
+    let date = jiff::fmt::rfc2822::to_string(&date).unwrap_or_default();
     let helo = client.helo.as_deref().unwrap_or("unknown");
     let name = client.name.as_deref().unwrap_or("unknown");
     let address = match client.address {
@@ -75,10 +77,10 @@ mod tests {
             declared_size: None,
             smtputf8: false,
         };
-        let field = received(&envelope, "mx.example.org");
+        let field = received(&envelope, "mx.example.org", Timestamp::UNIX_EPOCH);
         let start =
             " from evil??mx.example?[192.0.2.1]???by?x (unknown [IPv6:2001:db8::7])\n\tby mx.example.org ";
         assert!(field.starts_with(start), "{field}");
-        assert!(field.contains(" with ESMTPS id 4Bx;\n\t"), "{field}");
+        assert!(field.contains(" with ESMTPS id 4Bx;\n\tThu, 1 Jan 1970 "), "{field}");
     }
 }

@@ -26,6 +26,19 @@ fn shown(answer: &Answer) -> String {
 }
 
 #[test]
+fn a_filter_can_not_pass_for_one_that_was_not_run() {
+    use usermilter::monitor::{Refusal, Report, encode};
+    // What the monitor's child reports of a filter that is gone, which accepts; and the status it leaves with.
+    let forged = encode(&Report::Refusal(Refusal::NoFilter)).unwrap();
+    let octal: String = forged.iter().map(|byte| format!("\\{byte:03o}")).collect();
+    let site = alice()
+        .set("filter", "on-error", "\"defer\"")
+        .filter("alice", "message", &format!("#!/bin/sh\nprintf '{octal}'\nexit 126\n"))
+        .start();
+    assert_eq!(shown(&site.judge(&[ALICE], MESSAGE)).split(' ').nth(2), Some("4.3.0"));
+}
+
+#[test]
 fn every_exit_status_means_what_the_manual_says() {
     // The status and the text come with the message, so that one daemon serves for all 256.
     let script = "#!/bin/sh\nread -r word status rest\nexit \"$status\"\n";

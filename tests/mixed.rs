@@ -14,9 +14,9 @@ use rcpt::{Interfaces, MESSAGE, STRANGER, Scene, Setting, says, send_message};
 fn four(verdict: &str) -> Setting {
     let setting =
         Setting::of(&["alice", "bob", "carol", "dora"]).verdict(verdict).interfaces(Interfaces::Milter);
-    setting.users.filter("alice", "message", says(77, "no, said alice"));
-    setting.users.filter("bob", "message", says(0, ""));
-    setting.users.filter("carol", "message", says(75, "later, said carol"));
+    setting.site.users.filter("alice", "message", says(77, "no, said alice"));
+    setting.site.users.filter("bob", "message", says(0, ""));
+    setting.site.users.filter("carol", "message", says(75, "later, said carol"));
     setting.mailboxes(&["alice+junk", "bob+junk", "carol+junk", "dora+junk"])
 }
 
@@ -38,7 +38,7 @@ fn a_refused_copy_is_redirected() {
     accepted(&scene.send(STRANGER, &["alice", "bob", "dora"], MESSAGE));
     assert_eq!(delivered(&scene, ["alice", "alice+junk", "bob", "dora"]), [0, 1, 1, 1]);
     assert_eq!(delivered(&scene, ["bob+junk", "dora+junk"]), [0, 0]);
-    let line = scene.usermilter.wait_for_log("redirected to <alice+junk@test.example>", PATIENCE);
+    let line = scene.site.daemon.wait_for_log("redirected to <alice+junk@test.example>", PATIENCE);
     assert!(line.contains("alice=reject") && line.contains("bob=accept"), "{line}");
     // An extension is replaced.
     accepted(&scene.send(STRANGER, &["alice+shop", "bob"], MESSAGE));
@@ -60,7 +60,7 @@ fn a_refused_copy_is_dropped() {
     accepted(&scene.send(STRANGER, &["bob", "alice"], MESSAGE));
     accepted(&scene.send(STRANGER, &["alice", "carol", "dora"], MESSAGE));
     assert_eq!(delivered(&scene, ["alice", "alice+junk", "bob", "carol", "dora"]), [0, 0, 1, 1, 1]);
-    scene.usermilter.wait_for_log("<alice@test.example> dropped", PATIENCE);
+    scene.site.daemon.wait_for_log("<alice@test.example> dropped", PATIENCE);
     assert!(!scene.postfix.log().contains("non-delivery notification"));
     assert_eq!(scene.send(STRANGER, &["alice"], MESSAGE).outcome().code, 550);
 }
@@ -76,7 +76,7 @@ fn by_default_all_get_it() {
 fn users_may_wish_for_less_than_the_site_allows() {
     let with_wish = |site: &str, wish: &str| {
         let setting = four(&format!("mixed = \"{site}\"")).mailboxes(&["alice+spam"]);
-        setting.users.file("alice", "rules.toml", wish);
+        setting.site.users.file("alice", "rules.toml", wish);
         let scene = setting.start();
         accepted(&scene.send(STRANGER, &["alice", "bob"], MESSAGE));
         delivered(&scene, ["alice", "alice+junk", "alice+spam", "bob"])
@@ -153,14 +153,14 @@ fn an_alias_is_redirected_to_its_users() {
     let setting = four("mixed = \"redirect\"").mailboxes(&["eve+x", "eve+junk"]);
     let map = "sales@test.example alice@test.example\nteam@test.example alice@test.example, eve+x@test.example\n\
                all@test.example alice@test.example, bob@test.example\n";
-    let virtual_map = setting.sandbox.write("virtual", map);
+    let virtual_map = setting.site.sandbox.write("virtual", map);
     let mut setting = setting
         .recipients(&format!("virtual = [\"{}\"]", virtual_map.display()))
         .postfix(|p| p.set("virtual_alias_maps", format!("texthash:{}", virtual_map.display())));
     // A user whose name has the delimiter in it.
     let uid = rcpt::unused_uid();
-    setting.users.add("eve+x", uid, uid);
-    setting.users.filter("eve+x", "message", says(77, "no, said eve"));
+    setting.site.users.add("eve+x", uid, uid);
+    setting.site.users.filter("eve+x", "message", says(77, "no, said eve"));
     let setting = setting.mailboxes(&["eve+x+junk"]);
     let scene = setting.start();
     accepted(&scene.send(STRANGER, &["sales", "bob"], MESSAGE));
@@ -195,8 +195,8 @@ fn an_mta_that_lets_nobody_change_recipients_delivers_and_the_log_says_so() {
         (ADD_HEADERS, 0),
         (milter::ALL_ACTIONS, 1),
     ] {
-        let seen = scene.usermilter.log_lines().len();
-        let mut client = milter::Client::connect_only(&scene.milter);
+        let seen = scene.site.daemon.log_lines().len();
+        let mut client = milter::Client::connect_only(scene.site.milter_address());
         client.negotiate(6, actions, milter::protocol::ALL);
         rcpt::begin(&mut client, &["<stranger@sender.example>"]);
         assert_eq!(client.rcpt(&["<alice@test.example>"]).letter(), 'c');
@@ -204,7 +204,7 @@ fn an_mta_that_lets_nobody_change_recipients_delivers_and_the_log_says_so() {
         let answer = send_message(&mut client);
         assert_eq!((answer.letter(), answer.changes.len()), ('a', changes), "{actions:#x} {answer:?}");
         if changes == 0 {
-            scene.usermilter.wait_for_log_after(seen, "this MTA lets nobody change recipients", PATIENCE);
+            scene.site.daemon.wait_for_log_after(seen, "this MTA lets nobody change recipients", PATIENCE);
         } else {
             assert_eq!(answer.changes[0].data, b"<alice@test.example>\0");
         }
@@ -222,7 +222,7 @@ fn many_who_refuse_get_a_line_each_in_the_clients_order() {
     let setting = Setting::of(&names).interfaces(Interfaces::Milter);
     let long = "x".repeat(900);
     for name in &names {
-        setting.users.filter(name, "message", says(77, &format!("100% no, said {name} %s {long}")));
+        setting.site.users.filter(name, "message", says(77, &format!("100% no, said {name} %s {long}")));
     }
     let scene = setting.start();
     let order: Vec<&str> = names.iter().rev().copied().collect();
@@ -243,7 +243,7 @@ fn many_who_refuse_get_a_line_each_in_the_clients_order() {
 #[test]
 fn who_defers_is_who_is_told() {
     let setting = four("");
-    setting.users.filter("dora", "message", says(75, "452 4.2.2 dora is full"));
+    setting.site.users.filter("dora", "message", says(75, "452 4.2.2 dora is full"));
     let scene = setting.start();
     let sent = scene.send(STRANGER, &["alice", "dora", "carol"], MESSAGE);
     assert_eq!(sent.outcome().code, 451);
@@ -256,10 +256,10 @@ fn who_defers_is_who_is_told() {
 #[test]
 fn a_client_without_smtputf8_reads_ascii() {
     let setting = Setting::of(&["alice", "bob", "jörg"]).interfaces(Interfaces::Milter);
-    setting.users.filter("alice", "message", says(77, "nein, sagt 爱丽丝"));
-    setting.users.filter("bob", "message", says(77, "böse"));
-    setting.users.filter("jörg", "message", says(77, "nö"));
-    setting.users.file(
+    setting.site.users.filter("alice", "message", says(77, "nein, sagt 爱丽丝"));
+    setting.site.users.filter("bob", "message", says(77, "böse"));
+    setting.site.users.filter("jörg", "message", says(77, "nö"));
+    setting.site.users.file(
         "bob",
         "rules.toml",
         "[[rule]]\nsender = \"rule@*\"\naction = \"reject\"\nreply = \"Maß voll\"\n",

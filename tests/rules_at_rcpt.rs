@@ -22,7 +22,7 @@ use rcpt::{CLIENT_ADDRESS, CLIENT_NAME, Interfaces, MESSAGE, STRANGER, Scene, Se
 fn users_with_rules() -> Setting {
     let setting =
         Setting::of(&["sender", "file", "extension", "client", "helo", "size", "date", "later", "rule2"]);
-    let rules = |user: &str, text: &str| drop(setting.users.file(user, "rules.toml", text));
+    let rules = |user: &str, text: &str| drop(setting.site.users.file(user, "rules.toml", text));
     rules(
         "sender",
         r#"
@@ -33,7 +33,7 @@ fn users_with_rules() -> Setting {
         "#,
     );
     rules("file", "default = \"reject\"\n[[rule]]\nsender-file = [\"friends.txt\"]\naction = \"accept\"\n");
-    setting.users.file(
+    setting.site.users.file(
         "file",
         "friends.txt",
         "# friends\nfriend@sender.example # from school\n\n.family.example\n",
@@ -191,7 +191,7 @@ fn every_key_counts_through_the_policy_service_alone() {
 fn rules_are_asked_however_the_recipient_is_written() {
     for interfaces in [Interfaces::Both, Interfaces::Milter, Interfaces::Policy] {
         let setting = Setting::of(&["alice"]).interfaces(interfaces);
-        setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
+        setting.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
         let scene = setting.start();
         for argument in [
             "<ALICE@Test.EXAMPLE>",
@@ -214,12 +214,12 @@ fn rules_are_asked_however_the_recipient_is_written() {
 fn the_real_size_counts_at_the_end_of_the_message() {
     let setting = Setting::of(&["plain", "friends", "other"]);
     let size = "[[rule]]\nsize-over = \"20K\"\naction = \"reject\"\nreply = \"552 5.3.4 too much\"\n";
-    setting.users.file("plain", "rules.toml", size);
+    setting.site.users.file("plain", "rules.toml", size);
     let friends = "[[rule]]\nsender = \"friend@*\"\naction = \"accept\"\n";
-    setting.users.file("friends", "rules.toml", format!("{size}{friends}"));
+    setting.site.users.file("friends", "rules.toml", format!("{size}{friends}"));
     // Only for an address that is not used here: costs nothing elsewhere.
     let elsewhere = size.replace("action", "recipient = \"other+x@*\"\naction");
-    setting.users.file("other", "rules.toml", elsewhere);
+    setting.site.users.file("other", "rules.toml", elsewhere);
     let scene = setting.start();
 
     let large = [MESSAGE, &b"\n0123456789012345678901234567890123456789\n".repeat(700)].concat();
@@ -237,9 +237,9 @@ fn the_real_size_counts_at_the_end_of_the_message() {
     }
     // Somebody else takes it: accepted.
     assert_eq!(scene.send(STRANGER, &["plain", "other"], &large).outcome().code, 250);
-    let seen = scene.usermilter.log_lines().len();
+    let seen = scene.site.daemon.log_lines().len();
     assert_eq!(scene.send(STRANGER, &["other"], &large).outcome().code, 250);
-    scene.usermilter.wait_for_log_after(seen, "without message: nobody's filter decides", PATIENCE);
+    scene.site.daemon.wait_for_log_after(seen, "without message: nobody's filter decides", PATIENCE);
 }
 
 #[test]
@@ -256,17 +256,17 @@ fn a_file_with_an_error_is_ignored_whole_and_the_log_says_where() {
     let names: Vec<&str> = cases.iter().map(|(name, ..)| *name).collect();
     let scene = Setting::of(&names).start_alone();
     for (name, text, place) in &cases {
-        scene.users.file(name, "rules.toml", text);
+        scene.site.users.file(name, "rules.toml", text);
         assert_eq!(scene.ask(STRANGER, name), "DUNNO", "{text}");
-        let line = scene.usermilter.wait_for_log(&format!("user={name}"), PATIENCE);
+        let line = scene.site.daemon.wait_for_log(&format!("user={name}"), PATIENCE);
         assert!(line.contains("rules ignored") && line.contains(place), "{line}");
     }
     // A list with a bad line is named with the line.
-    scene.users.file("missing", "friends.txt", "a@b.example\n\nc@d e@f\n");
+    scene.site.users.file("missing", "friends.txt", "a@b.example\n\nc@d e@f\n");
     assert_eq!(scene.ask(STRANGER, "missing"), "DUNNO");
-    scene.usermilter.wait_for_log("line 3", PATIENCE);
+    scene.site.daemon.wait_for_log("line 3", PATIENCE);
     // Mended.
-    scene.users.file("missing", "friends.txt", "stranger@sender.example\n");
+    scene.site.users.file("missing", "friends.txt", "stranger@sender.example\n");
     assert!(scene.ask(STRANGER, "missing").starts_with("550 5.7.1 "));
 }
 
@@ -277,8 +277,8 @@ fn what_is_no_plain_file_hangs_nobody() {
     let scene = setting.log("level = \"debug\"").start_alone();
     let path = |user: &str, name: &str| {
         // The directory is the user's.
-        scene.users.file(user, ".keep", "");
-        scene.users.account(user).path(name)
+        scene.site.users.file(user, ".keep", "");
+        scene.site.users.account(user).path(name)
     };
     let reject = "default = \"reject\"\n";
     let fifo = |path| {
@@ -295,10 +295,10 @@ fn what_is_no_plain_file_hangs_nobody() {
     symlink("/nonexistent/rules.toml", path("dangling", "rules.toml")).unwrap();
     symlink("rules.toml", path("loop", "rules.toml")).unwrap();
     fs::write(path("binary", "rules.toml"), b"default = \"reject\" # \xff\n").unwrap();
-    scene.users.file("linked", "real.toml", reject);
+    scene.site.users.file("linked", "real.toml", reject);
     symlink("real.toml", path("linked", "rules.toml")).unwrap();
     for user in ["listfifo", "listzero", "listhuge"] {
-        scene.users.file(
+        scene.site.users.file(
             user,
             "rules.toml",
             "default = \"reject\"\n[[rule]]\nsender-file = \"list\"\naction = \"accept\"\n",
@@ -312,13 +312,13 @@ fn what_is_no_plain_file_hangs_nobody() {
     for name in names.iter().filter(|name| **name != "linked") {
         assert_eq!(scene.ask(STRANGER, name), "DUNNO", "{name}");
         if *name != "dangling" {
-            let line = scene.usermilter.wait_for_log(&format!("homes/{name}/"), PATIENCE);
+            let line = scene.site.daemon.wait_for_log(&format!("homes/{name}/"), PATIENCE);
             assert!(line.contains("rules ignored"), "{line}");
         }
     }
     for name in ["listfifo", "listzero", "listhuge"] {
         assert_eq!(scene.ask(STRANGER, name), "DUNNO", "{name}");
-        scene.usermilter.wait_for_log(&format!("homes/{name}/.usermilter/list"), PATIENCE);
+        scene.site.daemon.wait_for_log(&format!("homes/{name}/.usermilter/list"), PATIENCE);
     }
     // A link is followed, as the user.
     assert!(scene.ask(STRANGER, "linked").starts_with("550 5.7.1 "));
@@ -328,16 +328,16 @@ fn what_is_no_plain_file_hangs_nobody() {
 #[test]
 fn an_edit_counts_after_the_inspect_ttl_for_questions_asked_before_too() {
     let setting = Setting::of(&["alice"]).filter("inspect-ttl = \"1s\"");
-    setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    setting.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
     let scene = setting.start();
     assert_eq!(scene.rcpt(STRANGER, "alice").code, 550);
-    scene.users.file("alice", "rules.toml", "default = \"accept\"\n");
+    scene.site.users.file("alice", "rules.toml", "default = \"accept\"\n");
     std::thread::sleep(Duration::from_millis(1100));
     assert_eq!(scene.send(STRANGER, &["alice"], MESSAGE).outcome().code, 250);
-    scene.users.file("alice", "rules.toml", "default = \"defer\"\n");
+    scene.site.users.file("alice", "rules.toml", "default = \"defer\"\n");
     std::thread::sleep(Duration::from_millis(1100));
     assert_eq!(scene.rcpt(STRANGER, "alice").code, 451);
-    fs::remove_file(scene.users.account("alice").path("rules.toml")).unwrap();
+    fs::remove_file(scene.site.users.account("alice").path("rules.toml")).unwrap();
     std::thread::sleep(Duration::from_millis(1100));
     assert_eq!(scene.rcpt(STRANGER, "alice").code, 250);
 }
@@ -346,12 +346,12 @@ fn an_edit_counts_after_the_inspect_ttl_for_questions_asked_before_too() {
 fn the_second_interface_says_what_the_first_has_said() {
     let scene = Setting::of(&["alice"]).start_alone();
     let milter = || scene.milter(STRANGER).rcpt(&["<alice@test.example>"]).letter();
-    scene.users.file("alice", "rules.toml", "default = \"accept\"\n");
+    scene.site.users.file("alice", "rules.toml", "default = \"accept\"\n");
     assert_eq!(scene.ask(STRANGER, "alice"), "DUNNO");
-    scene.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    scene.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
     assert_eq!(milter(), 'c', "the policy service let this one in");
     assert!(scene.ask(STRANGER, "alice").starts_with("550"), "another mail");
-    scene.users.file("alice", "rules.toml", "default = \"accept\"\n");
+    scene.site.users.file("alice", "rules.toml", "default = \"accept\"\n");
     assert_eq!(milter(), 'y', "what the policy service said");
 }
 
@@ -359,10 +359,11 @@ fn the_second_interface_says_what_the_first_has_said() {
 fn many_questions_at_once_cost_one_inspection_when_the_ttl_is_over() {
     const CONNECTIONS: usize = 200;
     let setting = Setting::of(&["alice"]).filter("inspect-ttl = \"2s\"").log("level = \"debug\"");
-    setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    setting.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
     let scene = setting.start_alone();
-    let inspections = || scene.usermilter.log_lines().iter().filter(|l| l.contains("inspected")).count();
-    let mut clients: Vec<_> = (0..CONNECTIONS).map(|_| policy::Client::connect(&scene.policy)).collect();
+    let inspections = || scene.site.daemon.log_lines().iter().filter(|l| l.contains("inspected")).count();
+    let mut clients: Vec<_> =
+        (0..CONNECTIONS).map(|_| policy::Client::connect(scene.site.policy_address())).collect();
     for round in 1..=2 {
         let request = Request::rcpt(STRANGER, "alice@test.example").encode();
         for client in &mut clients {
@@ -385,8 +386,8 @@ fn a_hundred_thousand_senders_are_looked_up_at_once() {
     for n in 0..100_000 {
         let _ = writeln!(list, "friend{n}@host{}.example", n % 89);
     }
-    setting.users.file("alice", "friends.txt", &list);
-    setting.users.file(
+    setting.site.users.file("alice", "friends.txt", &list);
+    setting.site.users.file(
         "alice",
         "rules.toml",
         "default = \"reject\"\n[[rule]]\nsender-file = \"friends.txt\"\naction = \"accept\"\n",
@@ -395,7 +396,7 @@ fn a_hundred_thousand_senders_are_looked_up_at_once() {
     assert_eq!(scene.rcpt("friend99999@host52.example", "alice").code, 250);
     assert_eq!(scene.rcpt("friend99999@host53.example", "alice").code, 550);
     // Once it is understood, a question costs no search.
-    let mut client = policy::Client::connect(&scene.policy);
+    let mut client = policy::Client::connect(scene.site.policy_address());
     let started = Instant::now();
     for n in 0..1000 {
         let request = Request::rcpt(&format!("nobody{n}@host1.example"), "alice@test.example");
@@ -428,11 +429,12 @@ reply = "5.7.2 only members may write to this list"
 /// A site with rules and a list that is a pipe in aliases(5).
 fn site_with_rules(interfaces: Interfaces) -> Scene {
     let setting = Setting::of(&["alice"]).interfaces(interfaces);
-    let rules = setting.sandbox.write("site-rules.toml", SITE_RULES);
-    setting.sandbox.write("members.txt", "# mailman's roster\nmember@sender.example\n");
-    let aliases = setting.sandbox.write("aliases", "staff: \"|/usr/lib/mailman/mail/mailman post staff\"\n");
-    setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
-    setting.users.filter("alice", "recipient", rcpt::counting("recipient", 77, "no"));
+    let rules = setting.site.sandbox.write("site-rules.toml", SITE_RULES);
+    setting.site.sandbox.write("members.txt", "# mailman's roster\nmember@sender.example\n");
+    let aliases =
+        setting.site.sandbox.write("aliases", "staff: \"|/usr/lib/mailman/mail/mailman post staff\"\n");
+    setting.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    setting.site.users.filter("alice", "recipient", rcpt::counting("recipient", 77, "no"));
     setting
         .mailboxes(&["staff", "postmaster"])
         .recipients(&format!("rules = \"{}\"\naliases = [\"{}\"]\n", rules.display(), aliases.display()))
@@ -447,7 +449,7 @@ fn the_site_is_asked_before_its_users() {
         assert_says(&scene.rcpt("a@spam.example", "alice"), 550, "not at our site");
         assert_says(&scene.rcpt("a@else.example", "alice"), 550, "message refused by the recipient");
         assert_eq!(scene.rcpt("a@spam.example", "postmaster").code, 250, "exempt");
-        assert_eq!(runs(&scene.users, "alice", "recipient"), 0);
+        assert_eq!(runs(&scene.site.users, "alice", "recipient"), 0);
     }
 }
 
@@ -468,26 +470,26 @@ fn only_members_may_write_to_a_list() {
 #[test]
 fn site_rules_come_anew_with_a_reload_and_stay_if_the_new_ones_have_an_error() {
     let mut scene = site_with_rules(Interfaces::Both);
-    let path = scene.sandbox.join("site-rules.toml");
+    let path = scene.site.sandbox.join("site-rules.toml");
     assert_eq!(scene.rcpt("new@sender.example", "staff").code, 550);
-    scene.sandbox.write("members.txt", "new@sender.example\n");
+    scene.site.sandbox.write("members.txt", "new@sender.example\n");
     assert_eq!(scene.rcpt("new@sender.example", "staff").code, 550, "not before the reload");
 
-    let seen = scene.usermilter.log_lines().len();
-    scene.sandbox.write(
+    let seen = scene.site.daemon.log_lines().len();
+    scene.site.sandbox.write(
         "site-rules.toml",
         "[[rule]]\naction = \"reject\"\n\n[[rule]]\nsender = \"a@b@c\"\naction = \"reject\"\n",
     );
-    scene.usermilter.signal(Signal::SIGHUP);
-    let line = scene.usermilter.wait_for_log_after(seen, "site-rules.toml:5:10", PATIENCE);
+    scene.site.daemon.signal(Signal::SIGHUP);
+    let line = scene.site.daemon.wait_for_log_after(seen, "site-rules.toml:5:10", PATIENCE);
     assert!(line.contains(&path.display().to_string()), "{line}");
     assert_eq!(scene.rcpt("new@sender.example", "staff").code, 550);
     assert_eq!(scene.rcpt("member@sender.example", "staff").code, 250, "the old rules, the old members");
 
-    let worker = scene.usermilter.worker_pid();
-    scene.sandbox.write("site-rules.toml", SITE_RULES);
-    scene.usermilter.signal(Signal::SIGHUP);
-    assert!(wait_until(PATIENCE, || !scene.usermilter.worker_pids().contains(&worker)));
+    let worker = scene.site.daemon.worker_pid();
+    scene.site.sandbox.write("site-rules.toml", SITE_RULES);
+    scene.site.daemon.signal(Signal::SIGHUP);
+    assert!(wait_until(PATIENCE, || !scene.site.daemon.worker_pids().contains(&worker)));
     assert_eq!(scene.rcpt("new@sender.example", "staff").code, 250);
     assert_eq!(scene.rcpt("member@sender.example", "staff").code, 550);
 }
@@ -495,9 +497,9 @@ fn site_rules_come_anew_with_a_reload_and_stay_if_the_new_ones_have_an_error() {
 #[test]
 fn site_rules_with_an_error_are_refused_at_the_start() {
     let setting = Setting::of(&["alice"]);
-    let rules = setting.sandbox.write("site-rules.toml", "default = \"perhaps\"\n");
+    let rules = setting.site.sandbox.write("site-rules.toml", "default = \"perhaps\"\n");
     let setting = setting.recipients(&format!("rules = \"{}\"", rules.display()));
-    let failure = Usermilter::try_start(&setting.configuration()).unwrap_err();
+    let failure = Usermilter::try_start(&setting.site.config()).unwrap_err();
     assert_eq!(failure.status.and_then(|s| s.code()), Some(78), "{failure}");
     assert!(failure.stderr.contains(&format!("{}:1:11: ", rules.display())), "{failure}");
 }
@@ -505,7 +507,11 @@ fn site_rules_with_an_error_are_refused_at_the_start() {
 #[test]
 fn requests_of_old_and_new_postfix_are_understood() {
     let setting = Setting::of(&["alice"]);
-    setting.users.file("alice", "rules.toml", "[[rule]]\nsender = \"stranger@*\"\naction = \"reject\"\n");
+    setting.site.users.file(
+        "alice",
+        "rules.toml",
+        "[[rule]]\nsender = \"stranger@*\"\naction = \"reject\"\n",
+    );
     let scene = setting.start_alone();
     let full = || Request::rcpt(STRANGER, "alice@test.example");
     // SMTPD_POLICY_README: since 2.2 sasl_*, 2.3 reverse_client_name, ccert_* and encryption_*, 2.5 stress, 3.0 client_port,
@@ -539,7 +545,7 @@ fn requests_of_old_and_new_postfix_are_understood() {
         old.clone().without("client_address").without("client_name").without("helo_name").without("queue_id");
     let new =
         full().with("compatibility_level", "3.9").with("mail_version", "3.9.0").with("x", "unknown=to us");
-    let mut client = policy::Client::connect(&scene.policy);
+    let mut client = policy::Client::connect(scene.site.policy_address());
     for request in [full(), old, bare, new] {
         assert!(client.ask(&request).starts_with("550 5.7.1 "), "{request:?}");
         for state in ["CONNECT", "EHLO", "HELO", "MAIL", "DATA", "END-OF-MESSAGE", "VRFY", "ETRN", ""] {
@@ -553,8 +559,8 @@ fn requests_of_old_and_new_postfix_are_understood() {
 #[test]
 fn both_services_work_on_unix_sockets() {
     let setting = Setting::of(&["alice", "bob"]).unix_sockets();
-    setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
-    setting.users.filter("bob", "message", rcpt::says(77, "no, said bob"));
+    setting.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    setting.site.users.filter("bob", "message", rcpt::says(77, "no, said bob"));
     let scene = setting.start();
     let reply = scene.rcpt(STRANGER, "alice");
     assert!(reply.code == 550 && reply.text().contains("Recipient address rejected"), "{reply:?}");
@@ -565,7 +571,7 @@ fn both_services_work_on_unix_sockets() {
 #[test]
 fn addresses_that_are_not_utf8_get_an_answer() {
     let setting = Setting::of(&["alice"]).postfix(|p| p.set("smtputf8_enable", "no"));
-    setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    setting.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
     let scene = setting.start();
     let mut client = scene.client();
     client.send_raw(b"MAIL FROM:<b\xf6se@sender.example>\r\n").unwrap();

@@ -66,8 +66,12 @@ impl HaProxy {
         replace("bind 127.0.0.1:8890", &format!("bind 127.0.0.1:{}", own.milter));
         replace("bind 127.0.0.1:8891", &format!("bind 127.0.0.1:{}", own.policy));
         for (n, ports) in (1..).zip(servers) {
-            replace(&format!("192.0.2.{n}:8890"), &format!("127.0.0.1:{}", ports.milter));
-            replace(&format!("192.0.2.{n}:8891"), &format!("127.0.0.1:{}", ports.policy));
+            for (documented, port) in [(8890, ports.milter), (8891, ports.policy)] {
+                replace(
+                    &format!("192.0.2.{n}:{documented} check port 8892"),
+                    &format!("127.0.0.1:{port} check port {}", ports.metrics),
+                );
+            }
         }
         // What Debian's own configuration has in the place of this.
         let global = sandbox.write(
@@ -135,11 +139,12 @@ impl HaProxy {
 struct Ports {
     milter: u16,
     policy: u16,
+    metrics: u16,
 }
 
 impl Ports {
     fn new() -> Self {
-        Ports { milter: free_port(), policy: free_port() }
+        Ports { milter: free_port(), policy: free_port(), metrics: free_port() }
     }
 }
 
@@ -169,10 +174,11 @@ impl Cluster {
         ));
         let ports = NAMES.map(|_| Ports::new());
         let mut configurations = Vec::new();
-        for Ports { milter, policy } in ports {
+        for Ports { milter, policy, metrics } in ports {
             site = site
                 .milter_at(&format!("inet:127.0.0.1:{milter}"))
-                .policy_at(&format!("inet:127.0.0.1:{policy}"));
+                .policy_at(&format!("inet:127.0.0.1:{policy}"))
+                .set("server", "metrics", &format!("\"inet:127.0.0.1:{metrics}\""));
             configurations.push(site.config());
         }
         let daemons = configurations.iter().map(|text| Usermilter::start(text)).collect();
@@ -186,15 +192,7 @@ impl Cluster {
         Cluster { postfix, haproxy, daemons, ports, configurations, site, _slapd: slapd }
     }
 
-    /// The reply to a mail for the user `yes`.
-    fn offer_to_yes(&self, port: u16) -> u16 {
-        let mut client = Client::connect_as(port, "192.0.2.10", "mx.sender.example");
-        let reply = offer(&mut client, Mail { number: 0, kind: Kind::Accept });
-        client.quit();
-        reply.code
-    }
-
-    /// The same from 127.0.0.1. Without XCLIENT, after which Postfix opens another connection to the milter.
+    /// As [`offer_to_yes`], from 127.0.0.1. Without XCLIENT, after which Postfix opens another connection to the milter.
     fn offer_as_neighbour(&self) -> u16 {
         let mut client = Client::connect(self.postfix.port());
         client.ehlo("localhost");
@@ -358,6 +356,14 @@ impl Load<'_> {
     }
 }
 
+/// The reply to a mail for the user `yes`.
+fn offer_to_yes(port: u16) -> u16 {
+    let mut client = Client::connect_as(port, "192.0.2.10", "mx.sender.example");
+    let reply = offer(&mut client, Mail { number: 0, kind: Kind::Accept });
+    client.quit();
+    reply.code
+}
+
 /// The reply that decides about a mail.
 fn offer(client: &mut Client, mail: Mail) -> Reply {
     let sender = client.mail_from(mail.kind.sender(), "");
@@ -423,24 +429,41 @@ fn a_daemon_that_hangs_is_taken_out_and_while_there_is_none_mail_is_put_off() {
     assert!(!cluster.postfix.log().contains("timed out"));
     cluster.haproxy.wait_for("one", "DOWN");
     for _ in 0..3 {
-        assert_eq!(cluster.offer_to_yes(cluster.postfix.port()), 250);
+        assert_eq!(offer_to_yes(cluster.postfix.port()), 250);
     }
     signal(&mut cluster.daemons[0], Signal::SIGCONT);
     cluster.haproxy.wait_for("one", "UP");
 
     // Postfix with the policy service alone, and without the default_action of postfix/main.cf.policy.
     let policy_alone = Postfix::builder().mailboxes(&["yes"]).policy(&cluster.haproxy.policy).start();
-    assert_eq!(cluster.offer_to_yes(policy_alone.port()), 250);
+    assert_eq!(offer_to_yes(policy_alone.port()), 250);
     for (daemon, name) in cluster.daemons.iter_mut().zip(NAMES) {
         daemon.signal(Signal::SIGKILL);
         cluster.haproxy.wait_for(name, "DOWN");
     }
-    assert_eq!(cluster.offer_to_yes(cluster.postfix.port()), 451);
-    assert_eq!(cluster.offer_to_yes(policy_alone.port()), 451);
+    assert_eq!(offer_to_yes(cluster.postfix.port()), 451);
+    assert_eq!(offer_to_yes(policy_alone.port()), 451);
     cluster.daemons[0] = Usermilter::start(&cluster.configurations[0]);
     cluster.haproxy.wait_for("one", "UP");
-    assert_eq!(cluster.offer_to_yes(cluster.postfix.port()), 250);
-    assert_eq!(cluster.offer_to_yes(policy_alone.port()), 250);
+    assert_eq!(offer_to_yes(cluster.postfix.port()), 250);
+    assert_eq!(offer_to_yes(policy_alone.port()), 250);
+}
+
+#[test]
+fn daemons_that_end_finish_what_they_judge() {
+    let mut cluster = Cluster::start(|text| text);
+    // For longer than HAProxy lets somebody live who is down.
+    cluster.filter("yes", "message", "#!/bin/sh\ntouch ~/started\nsleep 8\n");
+    let started = cluster.site.users.account("yes").home.join("started");
+    std::thread::scope(|scope| {
+        let port = cluster.postfix.port();
+        let client = scope.spawn(move || offer_to_yes(port));
+        assert!(wait_until(NOTICE, || started.exists()));
+        for daemon in &mut cluster.daemons {
+            daemon.signal(Signal::SIGTERM);
+        }
+        assert_eq!(client.join().unwrap(), 250);
+    });
 }
 
 #[test]

@@ -20,11 +20,11 @@ const PUT_OFF: &str = "452 4.5.3 recipients who filter differently are taken one
 /// alice, bob and carol have filters of their own; dora and emil have none; fred's rules accept.
 fn six() -> Setting {
     let setting = Setting::of(&["alice", "bob", "carol", "dora", "emil", "fred"]).verdict(SPLIT);
-    setting.users.filter("alice", "message", counting("message", 77, "no, said alice"));
-    setting.users.filter("bob", "message", counting("message", 0, ""));
-    setting.users.filter("carol", "message", counting("message", 0, ""));
-    setting.users.filter("fred", "message", counting("message", 77, "no, said fred"));
-    setting.users.file("fred", "rules.toml", "[[rule]]\nsender = \"stranger@*\"\naction = \"accept\"\n");
+    setting.site.users.filter("alice", "message", counting("message", 77, "no, said alice"));
+    setting.site.users.filter("bob", "message", counting("message", 0, ""));
+    setting.site.users.filter("carol", "message", counting("message", 0, ""));
+    setting.site.users.filter("fred", "message", counting("message", 77, "no, said fred"));
+    setting.site.users.file("fred", "rules.toml", "[[rule]]\nsender = \"stranger@*\"\naction = \"accept\"\n");
     setting
 }
 
@@ -36,14 +36,14 @@ fn ask(client: &mut policy::Client, instance: &str, name: &str) -> String {
 #[test]
 fn the_policy_service_knows_a_transaction_by_its_instance() {
     let scene = six().start_alone();
-    let mut client = policy::Client::connect(&scene.policy);
+    let mut client = policy::Client::connect(scene.site.policy_address());
     assert_eq!(ask(&mut client, "1.a", "alice"), "DUNNO");
     assert_eq!(ask(&mut client, "1.a", "bob"), PUT_OFF);
     assert_eq!(ask(&mut client, "1.a", "dora"), PUT_OFF, "having none counts as one");
     assert_eq!(ask(&mut client, "1.a", "Alice+shop"), "DUNNO", "the same filter");
     // Another transaction in between, and another connection of the same smtpd.
     assert_eq!(ask(&mut client, "2.b", "bob"), "DUNNO");
-    let mut another = policy::Client::connect(&scene.policy);
+    let mut another = policy::Client::connect(scene.site.policy_address());
     assert_eq!(ask(&mut another, "1.a", "carol"), PUT_OFF);
     assert_eq!(ask(&mut another, "2.b", "alice"), PUT_OFF);
     assert_eq!(ask(&mut another, "2.b", "bob"), "DUNNO");
@@ -59,9 +59,9 @@ fn the_policy_service_knows_a_transaction_by_its_instance() {
 #[test]
 fn a_recipient_who_is_refused_is_no_part_of_the_transaction() {
     let setting = six();
-    setting.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    setting.site.users.file("alice", "rules.toml", "default = \"reject\"\n");
     let scene = setting.start_alone();
-    let mut client = policy::Client::connect(&scene.policy);
+    let mut client = policy::Client::connect(scene.site.policy_address());
     assert!(ask(&mut client, "1.a", "alice").starts_with("550 5.7.1 "));
     assert_eq!(ask(&mut client, "1.a", "bob"), "DUNNO");
     assert_eq!(ask(&mut client, "1.a", "carol"), PUT_OFF);
@@ -84,8 +84,8 @@ fn the_milter_knows_the_transaction_by_itself() {
     assert_eq!(rcpt(&mut client, "bob+x"), "c");
     assert_eq!(rcpt(&mut client, "emil"), PUT_OFF);
     assert_eq!(send_message(&mut client).letter(), 'a');
-    assert_eq!(runs(&scene.users, "bob", "message"), 1);
-    assert_eq!(runs(&scene.users, "alice", "message"), 0, "she is asked alone");
+    assert_eq!(runs(&scene.site.users, "bob", "message"), 1);
+    assert_eq!(runs(&scene.site.users, "alice", "message"), 0, "she is asked alone");
     // The next transaction of the connection, and one after RSET.
     begin(&mut client, &["<stranger@sender.example>"]);
     assert_eq!(rcpt(&mut client, "alice"), "c");
@@ -130,8 +130,8 @@ fn users_without_filters_are_never_split() {
 #[test]
 fn without_the_setting_nobody_is_put_off() {
     let setting = Setting::of(&["alice", "bob"]);
-    setting.users.filter("alice", "message", says(0, ""));
-    setting.users.filter("bob", "message", says(0, ""));
+    setting.site.users.filter("alice", "message", says(0, ""));
+    setting.site.users.filter("bob", "message", says(0, ""));
     let scene = setting.start();
     let sent = scene.send(STRANGER, &["alice", "bob"], MESSAGE);
     assert!(sent.recipients.iter().all(|reply| reply.code == 250), "{sent:?}");
@@ -184,7 +184,10 @@ fn a_sending_mta_tells_its_user_who_refused_and_delivers_to_the_others_once() {
     assert!(!bounce.contains("bob@test.example"), "{bounce}");
     assert!(!scene.postfix.log().contains("non-delivery notification"), "no backscatter from us");
     assert!(relay.log().contains("452 4.5.3"), "{}", relay.log());
-    assert_eq!((runs(&scene.users, "alice", "message"), runs(&scene.users, "bob", "message")), (1, 1));
+    assert_eq!(
+        (runs(&scene.site.users, "alice", "message"), runs(&scene.site.users, "bob", "message")),
+        (1, 1)
+    );
 }
 
 #[test]
@@ -197,7 +200,7 @@ fn three_recipients_with_three_filters_and_two_without() {
     }
     assert_eq!(scene.delivered("alice"), 0);
     for name in ["alice", "bob", "carol"] {
-        assert_eq!(runs(&scene.users, name, "message"), 1, "{name}");
+        assert_eq!(runs(&scene.site.users, name, "message"), 1, "{name}");
     }
     assert_eq!(relay.wait_delivered(SENDER, 1, PATIENCE).len(), 1);
 }
@@ -206,13 +209,13 @@ fn three_recipients_with_three_filters_and_two_without() {
 fn many_transactions_take_little_memory() {
     let setting = six().filter("inspect-ttl = \"60s\"");
     let scene: Alone = setting.start_alone();
-    let worker = scene.usermilter.worker_pid();
+    let worker = scene.site.daemon.worker_pid();
     let memory = || -> u64 {
         let status = fs::read_to_string(format!("/proc/{worker}/status")).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
-    let mut client = policy::Client::connect(&scene.policy);
+    let mut client = policy::Client::connect(scene.site.policy_address());
     assert_eq!(ask(&mut client, "first", "alice"), "DUNNO");
     let before = memory();
     for batch in 0..100 {

@@ -16,9 +16,16 @@ const MESSAGE: &str = "Subject: x\r\nFrom: s@sender.example\r\n\r\nhello\r\n";
 const SENDER: &str = "s@sender.example";
 const ALICE: &str = "alice@test.example";
 
+/// `\0anna\0secret` in base64.
+const ANNA_SECRET: &str = "AGFubmEAc2VjcmV0";
+
+/// `\0anna\0wrong`.
+const ANNA_WRONG: &str = "AGFubmEAd3Jvbmc=";
+
 /// Refuses, and remembers what came.
 const REFUSE: &str = "#!/bin/sh
 printf '%s\\n' \"$USERMILTER_RECIPIENTS\" > ~/recipients
+printf '%s\n' \"$SASL_USERNAME,$SASL_METHOD,$SASL_SENDER\" > ~/sasl
 cat > ~/message
 echo \"no, <$SENDER>\"
 exit 77
@@ -100,16 +107,33 @@ fn an_authenticated_client_is_judged_only_if_the_site_says_so() {
         let site = refusing().set("recipients", "judge-authenticated", judge).start();
         let postfix =
             Postfix::builder().milter(site.milter_address()).set("smtpd_sasl_auth_enable", "no").start();
-        let seen = site.daemon.log_lines().len();
         let mut client = Client::connect(postfix.port());
         client.ehlo("localhost");
         let login = [("NAME", "pc.sender.example"), ("ADDR", "192.0.2.77"), ("LOGIN", "anna")];
         assert_eq!(client.xclient(&login).code, 220, "{}", client.transcript());
         client.ehlo("pc.sender.example");
-        let reply = told(&client.send(SENDER, &[ALICE], MESSAGE.as_bytes()));
-        assert!(reply.starts_with(expected), "{judge}: {reply}");
-        let line = site.daemon.wait_for_log_after(seen, "outcome=", PATIENCE);
-        assert_eq!(line.contains("authenticated client"), judge == "false", "{line}");
+        let at_postfix = client;
+
+        let sendmail = Sendmail::builder().milter(site.milter_address()).login("anna", "secret").start();
+        let mut client = Client::connect(sendmail.port());
+        client.ehlo("pc.sender.example");
+        // RFC 4616: authorization identity (none), authentication identity and password, each after a NUL.
+        assert_eq!(client.command(&format!("AUTH PLAIN {ANNA_WRONG}")).code, 535, "{}", client.transcript());
+        assert_eq!(client.command(&format!("AUTH PLAIN {ANNA_SECRET}")).code, 235, "{}", client.transcript());
+        let at_sendmail = client;
+
+        for (mta, method, mut client) in
+            [("Postfix", "XCLIENT", at_postfix), ("Sendmail", "PLAIN", at_sendmail)]
+        {
+            let seen = site.daemon.log_lines().len();
+            let reply = told(&client.send(SENDER, &[ALICE], MESSAGE.as_bytes()));
+            assert!(reply.starts_with(expected), "{mta}, {judge}: {reply}");
+            let line = site.daemon.wait_for_log_after(seen, "outcome=", PATIENCE);
+            assert_eq!(line.contains("authenticated client"), judge == "false", "{mta}: {line}");
+            if judge == "true" {
+                assert_eq!(site.home_text("alice", "sasl"), format!("anna,{method},\n"), "{mta}");
+            }
+        }
     }
 }
 

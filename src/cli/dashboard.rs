@@ -134,7 +134,7 @@ impl Drawing<'_> {
     }
 
     fn mail(&mut self) {
-        self.heading("Mail", &format!("{:>12}{:>10}", "total", self.per_second()));
+        self.heading("Mail", &format!("{:>10}{:>10}", "total", self.per_second()));
         let all: u64 = self.now.transactions.values().sum();
         for (word, shown) in
             [("accept", "accepted"), ("reject", "refused"), ("defer", "put off"), ("aborted", "given up")]
@@ -145,7 +145,7 @@ impl Drawing<'_> {
             let percent = if all > 0 { format!("{:>6.1} %", part * 100.0) } else { String::new() };
             line!(
                 self,
-                "  {shown:<18}{:>12}{:>10}  {percent:<9} {}",
+                "  {shown:<18}{:>10}{:>10}  {percent:<9} {}",
                 grouped(count),
                 decimal(rate),
                 bar(part)
@@ -155,7 +155,7 @@ impl Drawing<'_> {
 
     fn recipients(&mut self) {
         let columns = ["accepted", "refused", "put off", "pending"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("At RCPT TO", &format!("{columns}{:>10}", self.per_second()));
         for interface in ["milter", "policy"] {
             let of = |status: &Status, word: &str| {
@@ -164,7 +164,7 @@ impl Drawing<'_> {
             let words = ["accept", "reject", "defer", "pending"];
             let rate = self.rate(|status| words.iter().map(|word| of(status, word)).sum());
             let counts: String =
-                words.iter().map(|word| format!("{:>12}", grouped(of(self.now, word)))).collect();
+                words.iter().map(|word| format!("{:>10}", grouped(of(self.now, word)))).collect();
             line!(self, "  {interface:<18}{counts}{:>10}", decimal(rate));
         }
     }
@@ -174,13 +174,13 @@ impl Drawing<'_> {
             return;
         }
         let columns = ["accept", "reject", "defer", "not asked", "error"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("Verdicts", &columns);
         for (source, verdicts) in &self.now.verdicts {
             let words = ["accept", "reject", "defer", "not-asked"];
             let counts: String =
-                words.iter().map(|word| format!("{:>12}", grouped(number(verdicts, word)))).collect();
-            let errors = self.style.alarming(number(verdicts, "error"), 12);
+                words.iter().map(|word| format!("{:>10}", grouped(number(verdicts, word)))).collect();
+            let errors = self.style.alarming(number(verdicts, "error"), 10);
             line!(self, "  {:<18}{counts}{errors}", safe(source));
         }
     }
@@ -193,8 +193,8 @@ impl Drawing<'_> {
         line!(self, "");
         let title = self.style.title(&format!("{:<20}", "Filters"));
         line!(self, "{title}{} of {limit} running  {}  {wait}", running.len(), bar(part));
-        let columns = ["runs", self.per_second(), "p50", "p90", "p99", "queued p99"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns = ["runs", self.per_second(), "p50", "p90", "p99", "queue p99"];
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         line!(self, "{:<20}{}", "", self.style.dim(&columns));
         for phase in ["recipient", "message"] {
             let runs = |status: &Status| status.filters.results.get(phase).map_or(0, |r| r.values().sum());
@@ -203,7 +203,7 @@ impl Drawing<'_> {
             let queued = self::times(&self.now.filters.queue_time, phase);
             line!(
                 self,
-                "  {phase:<18}{:>12}{:>12}{}{:>12}",
+                "  {phase:<18}{:>10}{:>10}{}{:>10}",
                 grouped(count),
                 decimal(rate),
                 percentiles(&times),
@@ -215,7 +215,7 @@ impl Drawing<'_> {
             }
         }
         for filter in self.now.filters.running.iter().take(MAX_RUNNING) {
-            let time = format!("{:>12}", span(filter.seconds));
+            let time = format!("{:>10}", span(filter.seconds));
             let (phase, queue_id) = (safe(&filter.phase), safe(&filter.queue_id));
             line!(
                 self,
@@ -241,7 +241,7 @@ impl Drawing<'_> {
 
     fn services(&mut self) {
         let columns = ["open", "limit", "total", self.per_second(), "refused"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("Connections", &columns);
         for service in self.now.services.iter().filter(|service| !service.addresses.is_empty()) {
             let ServiceStatus { name, addresses, open, limit, accepted, refused } = service;
@@ -250,23 +250,23 @@ impl Drawing<'_> {
                 same.map_or(0, |service| service.accepted)
             };
             let rate = self.rate(total);
-            let open = format!("{:>12}", grouped(*open));
+            let open = format!("{:>10}", grouped(*open));
             line!(
                 self,
-                "  {:<18}{open}{:>12}{:>12}{:>12}{}  {}",
+                "  {:<18}{open}{:>10}{:>10}{:>10}{}  {}",
                 safe(name),
                 grouped(*limit),
                 grouped(*accepted),
                 decimal(rate),
-                self.style.alarming(*refused, 12),
+                self.style.alarming(*refused, 10),
                 self.style.dim(&safe(&addresses.join(" ")))
             );
         }
     }
 
     fn resolvers(&mut self) {
-        let columns = ["from memory", "asked", "stale", "failed", "p50", "p99"];
-        let columns: String = columns.iter().map(|column| format!("{column:>12}")).collect();
+        let columns = ["memory", "asked", "stale", "failed", "p50", "p99"];
+        let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
         self.heading("Resolvers", &columns);
         for (n, resolver) in self.now.resolvers.iter().enumerate() {
             let ResolverStatus { name, lookups, latency, servers } = resolver;
@@ -275,12 +275,12 @@ impl Drawing<'_> {
             let kind = safe(name.split(' ').next().unwrap_or_default());
             line!(
                 self,
-                "  {} {kind:<16}{:>12}{:>12}{}{}{:>12}{:>12}",
+                "  {} {kind:<16}{:>10}{:>10}{}{}{:>10}{:>10}",
                 n + 1,
                 grouped(memory),
                 grouped(number(lookups, "asked")),
-                self.style.alarming(number(lookups, "stale"), 12),
-                self.style.alarming(number(lookups, "unavailable"), 12),
+                self.style.alarming(number(lookups, "stale"), 10),
+                self.style.alarming(number(lookups, "unavailable"), 10),
                 duration(latency, latency.p50),
                 duration(latency, latency.p99)
             );
@@ -350,7 +350,7 @@ fn times(all: &BTreeMap<String, Times>, phase: &str) -> Times {
 fn percentiles(times: &Times) -> String {
     [times.p50, times.p90, times.p99]
         .iter()
-        .map(|seconds| format!("{:>12}", duration(times, *seconds)))
+        .map(|seconds| format!("{:>10}", duration(times, *seconds)))
         .collect()
 }
 
@@ -409,4 +409,89 @@ fn bar(part: f64) -> String {
     let filled = (part.clamp(0.0, 1.0) * BAR as f64).round() as usize;
     let filled = if part > 0.0 { filled.max(1) } else { 0 };
     format!("{}{}", "█".repeat(filled), "·".repeat(BAR - filled))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::PathBuf};
+
+    use super::*;
+
+    fn sample() -> Status {
+        serde_json::from_str(include_str!("../../tests/status/sample.json")).unwrap()
+    }
+
+    /// What a terminal makes of it, as a picture. Colours are classes, so that they suit the page around it.
+    fn svg(text: &str) -> String {
+        const LINE: usize = 18;
+        let lines: Vec<&str> = text.lines().collect();
+        let height = lines.len() * LINE + 24;
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 900 {height}\" role=\"img\">\n\
+             <title>usermilter status</title>\n<style>\n\
+             text {{ font: 13px ui-monospace, 'DejaVu Sans Mono', monospace; white-space: pre; fill: #d8dee9 }}\n\
+             .c1 {{ font-weight: bold; fill: #fff }} .c2 {{ fill: #8793a8 }} .c31 {{ fill: #ff7b86 }}\n\
+             .c32 {{ fill: #9fd67f }} .c33 {{ fill: #f2cc72 }}\n</style>\n\
+             <rect width=\"100%\" height=\"100%\" rx=\"8\" fill=\"#1d222c\"/>\n"
+        );
+        for (n, line) in lines.iter().enumerate() {
+            let line = line.replace('&', "&amp;").replace('<', "&lt;").replace("\x1b[0m", "</tspan>");
+            let mut parts = line.split("\x1b[");
+            let mut marked = parts.next().unwrap_or_default().to_owned();
+            for part in parts {
+                let (code, rest) = part.split_once('m').unwrap();
+                let _ = write!(marked, "<tspan class=\"c{code}\">{rest}");
+            }
+            let _ = writeln!(svg, "<text x=\"14\" y=\"{}\">{marked}</text>", n * LINE + 26);
+        }
+        svg + "</svg>\n"
+    }
+
+    #[test]
+    fn the_picture_in_the_documentation_is_what_is_drawn() {
+        let drawn = draw(&sample(), None, Style { color: true });
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/status.svg");
+        if std::env::var_os("UPDATE").is_some() {
+            fs::write(&path, svg(&drawn)).unwrap();
+        }
+        let picture = fs::read_to_string(&path).unwrap();
+        assert_eq!(picture, svg(&drawn), "UPDATE=1 cargo test --lib picture draws it anew");
+        let plain = draw(&sample(), None, Style { color: false });
+        assert!(!plain.contains('\x1b') && plain.lines().all(|line| line.chars().count() <= 120), "{plain}");
+    }
+
+    #[test]
+    fn rates_are_those_between_two_looks_of_one_worker() {
+        let (before, mut now) = (sample(), sample());
+        now.time += 10.0;
+        *now.transactions.get_mut("accept").unwrap() += 25;
+        let line = |before| {
+            let drawn = draw(&now, before, Style { color: false });
+            drawn.lines().find(|line| line.contains("accepted  ")).unwrap().to_owned()
+        };
+        assert!(line(Some(&before)).contains(" 2.50 "), "{}", line(Some(&before)));
+        let mut other = before.clone();
+        other.worker.pid += 1;
+        // Of the worker's two hours.
+        assert!(line(Some(&other)).contains(" 1.14 "), "{}", line(Some(&other)));
+        assert_eq!(line(None), line(Some(&other)));
+    }
+
+    #[test]
+    fn nothing_that_the_document_says_reaches_the_terminal_as_a_command() {
+        let mut status = sample();
+        status.state = "\x1b[2J".into();
+        status.filters.running[0].user = "a\x1b]0;x\x07\nb".into();
+        status.resolvers[1].servers[0].uri = "\x1b[31m".into();
+        let drawn = draw(&status, None, Style { color: false });
+        assert!(!drawn.contains('\x1b') && !drawn.contains('\x07'), "{drawn}");
+    }
+
+    #[test]
+    fn numbers_and_spans_are_short() {
+        assert_eq!(["0", "999", "1,000", "1,234,567"], [0, 999, 1000, 1_234_567].map(grouped));
+        assert_eq!(["0.0 s", "59.9 s", "1 min 5 s"], [-1.0, 59.9, 65.4].map(span));
+        assert_eq!(["2 h 1 min", "3 d 4 h"], [7290.0, 3.0 * 86_400.0 + 14_900.0].map(span));
+        assert_eq!(["5 B", "2.0 KiB", "1.5 MiB"], [5, 2048, 1_572_864].map(bytes));
+    }
 }

@@ -10,7 +10,29 @@ use std::{
 
 use super::{CANTCREAT, USAGE};
 
+const HELP: &str = "\
+What is there is never overwritten.
+
+Examples:
+  usermilter init
+      a filter that accepts everything, to write one's own tests into
+  usermilter init --template bogofilter && usermilter try < spam
+      a spam filter, and what it says
+  usermilter init --template allow-list < members
+      only these may write; addresses in any form, one a line
+
+Exit status:
+   0  written
+  64  wrong usage; no such template
+  73  it can't be written, or something is there already
+
+Files:
+  ~/.usermilter/message     the filter, an executable
+  ~/.usermilter/rules.toml, senders.txt    rules, of the template allow-list";
+
+/// Write a first ~/.usermilter with a working filter.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = HELP)]
 pub(super) struct Arguments {
     /// What to write; `--list` shows the choice.
     #[arg(long, value_name = "NAME", default_value = "accept")]

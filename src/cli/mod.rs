@@ -1,8 +1,10 @@
 //! The command line.
 
 mod check;
+mod completions;
 mod dashboard;
 mod init;
+mod output;
 mod resolve;
 mod serve;
 mod status;
@@ -10,7 +12,8 @@ mod try_out;
 
 use std::{future::Future, path::PathBuf, process::ExitCode, rc::Rc, sync::Arc};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use nix::unistd::{Uid, User};
 
 use crate::{
     config::{Config, LogLevel},
@@ -34,13 +37,28 @@ const NOPERM: u8 = 77;
 /// EX_CONFIG of sysexits.h.
 const CONFIG: u8 = 78;
 
+const HELP: &str = "\
+To begin:
+  usermilter init                   a first filter of one's own; then: usermilter try < some-mail
+  usermilter check                  is the configuration in order?
+  usermilter resolve you@example.org    who is that, and what would be asked?
+  usermilter serve                  the daemon
+  usermilter help COMMAND           all about a command, with examples
+
+Files:
+  /etc/usermilter/usermilter.toml   configuration, see usermilter.toml(5); without it built-in defaults serve
+  /var/spool/usermilter             large messages, while they are judged
+  ~/.usermilter                     what a user has, see usermilter-filter(7)
+
+Exit status (sysexits.h): 0 success; 64 wrong usage; 70 trouble; 78 fault in the configuration; see each command.";
+
 /// Lets every recipient of a mail decide, while the SMTP session is still open, whether they want it.
 ///
 /// usermilter is a milter (Sendmail, Postfix) and a Postfix policy service. At end of message it runs the executable
 /// ~/.usermilter/message of each local recipient, as that user, with the message on standard input; its exit status
 /// decides. The mail is refused only if every recipient refuses it.
 #[derive(Debug, Parser)]
-#[command(name = "usermilter", version, max_term_width = 100)]
+#[command(name = "usermilter", version, max_term_width = 100, after_long_help = HELP)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -48,27 +66,19 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run in the foreground, log to standard error (or to the journal under systemd).
-    Serve(ConfigArguments),
-    /// Validate the configuration: exit status 0, or 78 with the place of every fault.
+    Serve(serve::Arguments),
     Check(check::Arguments),
-    /// Show, step by step, which users addresses mean, and what these have.
     Resolve(resolve::Arguments),
-    /// Run rules and filter as the daemon would, on the message on standard input.
-    ///
-    /// The exit status is 0 for accept, 77 for reject, 75 for defer, and 70 for a filter error. Root can try
-    /// anybody's filter, others their own.
     Try(try_out::Arguments),
-    /// Write a first ~/.usermilter with a working filter.
     Init(init::Arguments),
-    /// Show what the running daemon is doing: mail, filters, connections, resolvers, and what went wrong.
     Status(status::Arguments),
+    Completions(completions::Arguments),
 }
 
 #[derive(Clone, Debug, clap::Args)]
 struct ConfigArguments {
     /// The configuration file [default: /etc/usermilter/usermilter.toml, or built-in defaults if there is none].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     config: Option<PathBuf>,
 }
 
@@ -80,6 +90,35 @@ fn load(config: &ConfigArguments) -> Result<Config, ExitCode> {
     })
 }
 
+/// As [`load`], for a command with which users look at what is their own: what only the daemon may read is done without, if
+/// whoever calls is not root.
+fn load_for_oneself(config: &ConfigArguments) -> Result<Config, ExitCode> {
+    let path = config.config.as_deref();
+    let forbidden = match Config::load(path) {
+        Err(error) if !Uid::effective().is_root() && error.is_forbidden() => error,
+        _ => return load(config),
+    };
+    eprintln!("usermilter: done without, since only the daemon may read it: {}", Chain(&forbidden));
+    Config::load_readable(path).map_err(|error| {
+        eprintln!("usermilter: {}", Chain(&error));
+        ExitCode::from(CONFIG)
+    })
+}
+
+/// Root's commands need a user to be while they look at what strangers may have written.
+fn check_worker(config: &Config) -> Result<(), ExitCode> {
+    let name = &config.server.user;
+    if !Uid::effective().is_root() || !matches!(User::from_name(name), Ok(None)) {
+        return Ok(());
+    }
+    eprintln!(
+        "usermilter: user {name} does not exist, which this needs when root calls (server.user): create it with\n  \
+         useradd --system --no-create-home --shell /usr/sbin/nologin {name}\nor name another unprivileged user in the \
+         configuration, or call as the user whose filter it is"
+    );
+    Err(ExitCode::from(CONFIG))
+}
+
 /// Runs a command in a worker under a monitor of its own, as the daemon would run it. Of the log only what is wrong
 /// is written.
 fn run_in_worker<F>(
@@ -89,6 +128,9 @@ fn run_in_worker<F>(
 where
     F: Future<Output = u8>,
 {
+    if let Err(status) = check_worker(&config) {
+        return status;
+    }
     config.log.level = LogLevel::Error;
     logging::start(&config.log);
     let command = Rc::new(command);
@@ -118,11 +160,12 @@ pub fn run() -> ExitCode {
         }
     };
     match arguments.command {
-        Command::Serve(arguments) => serve::run(arguments.config),
+        Command::Serve(arguments) => serve::run(arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Resolve(arguments) => resolve::run(arguments),
         Command::Try(arguments) => try_out::run(arguments),
         Command::Init(arguments) => init::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Completions(arguments) => completions::run(&arguments, Arguments::command()),
     }
 }

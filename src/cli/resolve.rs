@@ -1,10 +1,14 @@
 //! `usermilter resolve`: how an address becomes users, and what they have, step by step.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{fmt::Write as _, process::ExitCode, sync::Arc};
 
 use serde_json::{Value, json};
 
-use super::{ConfigArguments, USAGE, load, run_in_worker};
+use super::{
+    ConfigArguments, USAGE, load,
+    output::{self, BAD, GOOD, ODD, styled},
+    run_in_worker,
+};
 use crate::{
     address::Address,
     config::Config,
@@ -17,7 +21,29 @@ use crate::{
     worker::Monitor,
 };
 
+const HELP: &str = "\
+Run it as root: it looks into users' homes as these users, to find what they have. It changes nothing and runs nobody's
+filter.
+
+Examples:
+  usermilter resolve alice+shop@example.org
+      which user, which rules, which filter
+  usermilter resolve team@example.org postmaster@example.org
+      several; aliases are followed
+  usermilter resolve --json alice@example.org | jq -r '.[].users[].message_filter'
+      for programs
+
+Exit status:
+   0  shown, whatever there was to show
+  64  wrong usage; what is no address
+  78  the configuration has a fault, or root calls and server.user does not exist";
+
+/// Show, step by step, which users addresses mean, and what these have.
+///
+/// For each address: aliases, what each resolver said and how long it took, the users, whether they can be asked, and
+/// which of their rules and filters would be.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = HELP)]
 pub(super) struct Arguments {
     #[command(flatten)]
     config: ConfigArguments,
@@ -56,18 +82,18 @@ async fn resolve_all(
     addresses: Arc<Vec<Address>>,
     as_json: bool,
 ) -> u8 {
-    let chain = resolver::Chain::new(&config.resolvers, &config.recipients, &[]);
+    let chain = resolver::Chain::open(&config);
     let inspector = Inspector::new(monitor, config.filter.inspect_ttl.0);
     let mut reports = Vec::new();
     for address in addresses.iter() {
         let report = resolve(&config, &chain, &inspector, address).await;
         if !as_json {
-            print(&report);
+            output::print(&text_of(&report));
         }
         reports.push(report);
     }
     if as_json {
-        println!("{}", Value::from(reports));
+        output::print(&format!("{}\n", Value::from(reports)));
     }
     0
 }
@@ -175,14 +201,20 @@ fn each(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-fn print(report: &Value) {
-    let ours = if report["ours"] == json!(true) { "ours" } else { "not one of recipients.domains" };
-    println!("{} ({ours})", text(&report["address"]));
+fn text_of(report: &Value) -> String {
+    let mut out = String::new();
+    let ours = if report["ours"] == json!(true) {
+        "ours".to_owned()
+    } else {
+        styled(ODD, "not one of recipients.domains")
+    };
+    let _ = writeln!(out, "{} ({ours})", text(&report["address"]));
     for step in each(&report["steps"]) {
         match step["step"].as_str() {
             Some("alias") => {
                 let targets: Vec<_> = each(&step["targets"]).map(text).collect();
-                println!(
+                let _ = writeln!(
+                    out,
                     "  alias      {} -> {} ({})",
                     text(&step["address"]),
                     targets.join(", "),
@@ -193,36 +225,45 @@ fn print(report: &Value) {
                 let milliseconds = step["seconds"].as_f64().unwrap_or(0.0) * 1000.0;
                 let (resolver, name, said) =
                     (text(&step["resolver"]), text(&step["name"]), text(&step["said"]));
-                println!("  resolver   {resolver}: {name}: {said} ({milliseconds:.1} ms)");
+                let _ = writeln!(out, "  resolver   {resolver}: {name}: {said} ({milliseconds:.1} ms)");
             }
-            _ => println!("  unjudged   {}", text(&step["why"])),
+            _ => {
+                let _ = writeln!(out, "  unjudged   {}", text(&step["why"]));
+            }
         }
     }
     for user in each(&report["users"]) {
         let extension = user["extension"].as_str().map_or(String::new(), |e| format!(", extension {e:?}"));
-        println!("  user       {} ({}{extension})", text(&user["user"]), text(&user["address"]));
+        let _ = writeln!(out, "  user       {} ({}{extension})", text(&user["user"]), text(&user["address"]));
         if let Some(problem) = user["problem"].as_str() {
-            println!("             not asked: {}", problem.escape_debug());
+            let _ = writeln!(out, "             {}: {}", styled(BAD, "not asked"), problem.escape_debug());
             continue;
         }
-        println!("             uid {}, home {}", text(&user["uid"]), text(&user["home"]));
+        let _ = writeln!(out, "             uid {}, home {}", text(&user["uid"]), text(&user["home"]));
         match (user["rules"] == json!(true), user["rules_error"].as_str()) {
-            (_, Some(error)) => println!("  rules      ignored: {}", error.escape_debug()),
-            (true, None) => println!("  rules      rules.toml"),
-            (false, None) => println!("  rules      none"),
+            (_, Some(error)) => {
+                let _ = writeln!(out, "  rules      {}: {}", styled(BAD, "ignored"), error.escape_debug());
+            }
+            (true, None) => {
+                let _ = writeln!(out, "  rules      rules.toml");
+            }
+            (false, None) => {
+                let _ = writeln!(out, "  rules      none");
+            }
         }
         if user["directory_rules"] == json!(true) {
-            println!("             sender lists of the directory");
+            let _ = writeln!(out, "             sender lists of the directory");
         }
         for filter in each(&user["filters"]) {
             let is_chosen = [&user["recipient_filter"], &user["message_filter"]].contains(&&filter["name"]);
             let note = match filter["problem"].as_str() {
-                Some(problem) => format!("would not run: {}", problem.escape_debug()),
-                None if is_chosen => "asked for this address".to_owned(),
+                Some(problem) => format!("{}: {}", styled(BAD, "would not run"), problem.escape_debug()),
+                None if is_chosen => styled(GOOD, "asked for this address"),
                 None => "not for this address".to_owned(),
             };
-            println!("  filter     {}: {note}", text(&filter["name"]));
+            let _ = writeln!(out, "  filter     {}: {note}", text(&filter["name"]));
         }
     }
-    println!("  => {}", text(&report["outcome"]));
+    let _ = writeln!(out, "  => {}", text(&report["outcome"]));
+    out
 }

@@ -3,6 +3,7 @@
 use std::{fmt, io, path::PathBuf};
 
 use super::ldap::SecretError;
+use crate::logging::Chain;
 
 /// A configuration that can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -10,6 +11,14 @@ pub enum ConfigError {
     /// The file can't be read.
     #[error("cannot read configuration file {}", path.display())]
     Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file that the configuration names can't be read.
+    #[error("cannot read {}", path.display())]
+    NamedFile {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -37,6 +46,27 @@ pub struct Place {
     pub line: usize,
     /// Column number.
     pub column: usize,
+}
+
+impl ConfigError {
+    /// The same with a place in the configuration, if it has none and there is one.
+    pub(super) fn at(self, place: Option<&Place>) -> Self {
+        match (&self, place) {
+            (Self::NamedFile { .. } | Self::Secret(_), Some(place)) => {
+                Self::Invalid { place: place.clone(), message: Chain(&self).to_string() }
+            }
+            _ => self,
+        }
+    }
+
+    /// Whether all that is wrong is that the calling user may not read a file that the configuration names.
+    pub fn is_forbidden(&self) -> bool {
+        let source = match self {
+            Self::NamedFile { source, .. } | Self::Secret(SecretError::Read { source, .. }) => source,
+            Self::Read { .. } | Self::Secret(_) | Self::Invalid { .. } => return false,
+        };
+        source.kind() == io::ErrorKind::PermissionDenied
+    }
 }
 
 impl Place {

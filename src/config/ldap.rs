@@ -215,6 +215,15 @@ pub enum SecretError {
     },
 }
 
+impl SecretError {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Read { path, .. } | Self::EmptyPassword { path } | Self::Certificates { path } => path,
+        }
+    }
+}
+
 /// A password. Its `Debug` shows nothing, and there is no `Display`.
 #[derive(Clone)]
 pub struct Secret(String);

@@ -18,6 +18,7 @@ use std::{
 
 pub use error::{ConfigError, Place};
 use serde::Deserialize;
+pub use text::KeyPlaces;
 pub use values::{ByteSize, Control, FileMode, IdRange, Network, SocketAddress, Span};
 
 pub use crate::rules::Mixed;
@@ -277,7 +278,7 @@ impl<'de> Deserialize<'de> for SiteRules {
 
 impl SiteRules {
     fn read(&mut self) -> Result<(), ConfigError> {
-        let read_error = |path: &Path, source| ConfigError::Read { path: path.into(), source };
+        let read_error = |path: &Path, source| ConfigError::NamedFile { path: path.into(), source };
         let text = fs::read_to_string(&self.path).map_err(|source| read_error(&self.path, source))?;
         let directory = self.path.parent().unwrap_or(Path::new("/"));
         let mut unreadable = None;
@@ -359,12 +360,7 @@ impl Config {
     ///
     /// [`ConfigError`], with the place of the fault.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
-        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        let mut config = match fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text, file)?,
-            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => Self::parse("", file)?,
-            Err(source) => return Err(ConfigError::Read { path: file.into(), source }),
-        };
+        let mut config = Self::read(path)?;
         if let Some(rules) = &mut config.recipients.rules {
             rules.read()?;
         }
@@ -374,6 +370,42 @@ impl Config {
             }
         }
         Ok(config)
+    }
+
+    /// As [`Config::load`], without the site's rules and the directories whose files the calling user may not read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Config::load`].
+    pub fn load_readable(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut config = Self::read(path)?;
+        let readable = |outcome: Result<(), ConfigError>| match outcome {
+            Err(error) if error.is_forbidden() => Ok(false),
+            other => other.map(|()| true),
+        };
+        if let Some(rules) = &mut config.recipients.rules
+            && !readable(rules.read())?
+        {
+            config.recipients.rules = None;
+        }
+        let mut resolvers = Vec::new();
+        for mut resolver in config.resolvers {
+            let usable = match &mut resolver {
+                ResolverConfig::Ldap(ldap) => readable(ldap.load_secrets().map_err(ConfigError::from))?,
+                ResolverConfig::Passwd(_) | ResolverConfig::PasswdFile(_) => true,
+            };
+            resolvers.extend(usable.then_some(resolver));
+        }
+        Ok(Self { resolvers, ..config })
+    }
+
+    fn read(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match fs::read_to_string(file) {
+            Ok(text) => Self::parse(&text, file),
+            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => Self::parse("", file),
+            Err(source) => Err(ConfigError::Read { path: file.into(), source }),
+        }
     }
 
     /// Reads the text of a configuration, and no other file; `path` is for messages.
@@ -392,10 +424,31 @@ impl Config {
     /// As [`Config::load`], but finds every fault, in the order of the file.
     pub fn faults(path: Option<&Path>) -> Vec<ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        let faults =
-            fs::read_to_string(file).map(|text| text::faults::<Self>(&text, file)).unwrap_or_default();
-        // What is wrong with the files that it names is found by loading it.
-        if faults.is_empty() { Self::load(path).err().into_iter().collect() } else { faults }
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let mut faults = text::faults::<Self>(&text, file);
+        if !faults.is_empty() {
+            return faults;
+        }
+        let mut config = match Self::read(path) {
+            Ok(config) => config,
+            Err(error) => return vec![error],
+        };
+        // What is wrong with the files that it names.
+        let places = KeyPlaces::of(&text, file);
+        if let Some(Err(error)) = config.recipients.rules.as_mut().map(SiteRules::read) {
+            faults.push(error.at(places.nearest("recipients.rules")));
+        }
+        for (number, resolver) in config.resolvers.iter_mut().enumerate() {
+            if let ResolverConfig::Ldap(ldap) = resolver
+                && let Err(error) = ldap.load_secrets()
+            {
+                let is_password = ldap.password_file.as_deref() == Some(error.path());
+                let key = if is_password { "password-file" } else { "ca-file" };
+                let place = places.nearest(&format!("resolver.{number}.{key}"));
+                faults.push(ConfigError::from(error).at(place));
+            }
+        }
+        faults
     }
 }
 

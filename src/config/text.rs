@@ -1,6 +1,6 @@
 //! From TOML to settings: the place of every fault, and all of them.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use serde::de::DeserializeOwned;
 use toml::{
@@ -9,6 +9,7 @@ use toml::{
 };
 
 use super::{ConfigError, Place};
+use crate::spelling;
 
 /// Most faults that are told. A file with more is no configuration.
 const MAX_FAULTS: usize = 100;
@@ -22,7 +23,7 @@ pub(super) fn read<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T, Co
     let (table, faults) = table(text);
     let first = faults.into_iter().next();
     let value = first.map_or_else(|| T::deserialize(Deserializer::from(table)).map_err(Fault::from), Err);
-    value.map_err(|fault| fault.at(text, path))
+    value.map_err(|fault| fault.corrected::<T>().at(text, path))
 }
 
 /// Everything that is wrong with the text, in its order.
@@ -45,7 +46,52 @@ pub(super) fn faults<T: DeserializeOwned>(text: &str, path: &Path) -> Vec<Config
         }
     }
     faults.sort_by_key(|fault| fault.offset);
-    faults.into_iter().map(|fault| fault.at(text, path)).collect()
+    faults.into_iter().map(|fault| fault.corrected::<T>().at(text, path)).collect()
+}
+
+/// Where each key of a text stands, by names like `filter.deadline`, `resolver.0.uri`; of a table that is its first
+/// place.
+#[derive(Clone, Debug, Default)]
+pub struct KeyPlaces(BTreeMap<String, Place>);
+
+impl KeyPlaces {
+    /// Of the text of a file; of what is no TOML, nothing.
+    pub fn of(text: &str, path: &Path) -> Self {
+        let mut places = Self::default();
+        if let Ok(table) = DeTable::parse(text) {
+            places.note("", table.get_ref(), &|offset| Place::of_offset(path, text, offset));
+        }
+        places
+    }
+
+    /// Where the key stands, or else what it would be in; `None` if neither is in the file.
+    pub fn nearest(&self, key: &str) -> Option<&Place> {
+        self.0.get(key).or_else(|| self.nearest(key.rsplit_once('.')?.0))
+    }
+
+    /// Whether the key is set.
+    pub fn has(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
+    fn note(&mut self, prefix: &str, table: &DeTable<'_>, place: &dyn Fn(usize) -> Place) {
+        for (key, value) in table {
+            let name = format!("{prefix}{}", key.get_ref());
+            self.0.insert(name.clone(), place(key.span().start));
+            match value.get_ref() {
+                DeValue::Table(table) => self.note(&format!("{name}."), table, place),
+                DeValue::Array(elements) => {
+                    for (n, element) in elements.iter().enumerate() {
+                        self.0.insert(format!("{name}.{n}"), place(element.span().start));
+                        if let DeValue::Table(table) = element.get_ref() {
+                            self.note(&format!("{name}.{n}."), table, place);
+                        }
+                    }
+                }
+                _ => (),
+            }
+        }
+    }
 }
 
 struct Fault {
@@ -61,9 +107,31 @@ impl From<Error> for Fault {
 }
 
 impl Fault {
+    /// With what may have been meant.
+    fn corrected<T: DeserializeOwned>(mut self) -> Self {
+        self.message = match &*self.message {
+            // What serde says of `[resolver]` helps nobody.
+            "invalid type: map, expected a sequence" => {
+                "expected a list of tables: write [[resolver]]".to_owned()
+            }
+            message => spelling::corrected(message, section_with::<T>),
+        };
+        self
+    }
+
     fn at(self, text: &str, path: &Path) -> ConfigError {
         ConfigError::Invalid { place: Place::of_offset(path, text, self.offset), message: self.message }
     }
+}
+
+/// The section that has a key of this name, in words. Which there are, serde says when it is asked for others.
+fn section_with<T: DeserializeOwned>(key: &str) -> Option<String> {
+    let message = |text: &str| toml::from_str::<T>(text).err().map(|error| error.message().to_owned());
+    let sections = message("no-such-key = 1")?;
+    spelling::expected_names(&sections).into_iter().find_map(|section| {
+        let keys = message(&format!("[{section}]\nno-such-key = 1"))?;
+        spelling::expected_names(&keys).contains(&key).then(|| format!("`{key}` in [{section}]"))
+    })
 }
 
 /// The settings of the text, and what is wrong with its form: what could be read of a text that is no TOML says little.
@@ -163,5 +231,38 @@ mod tests {
         assert!(faults::<Config>("", Path::new("x")).is_empty());
         let syntax = faults::<Config>("[server\nuser = \n", Path::new("x"));
         assert!(!syntax.is_empty());
+    }
+
+    #[test]
+    fn a_fault_says_what_may_have_been_meant() {
+        for (text, suggestion) in [
+            ("[filter]\ntiemout = \"1s\"", "did you mean `timeout`?"),
+            ("[server]\ntimeout = \"1s\"", "did you mean `timeout` in [filter]?"),
+            ("milter = []", "did you mean `milter` in [server]?"),
+            ("[recipient]\ndomains = []", "did you mean `recipients`?"),
+            ("[verdict]\nmixed = \"delivr\"", "did you mean `deliver`?"),
+            ("[log]\nlevel = \"warning\"", "did you mean `warn`?"),
+            ("[[resolver]]\ntype = \"pasword-file\"", "did you mean `passwd-file`?"),
+            ("[[resolver]]\ntype = \"passwd\"\nmin_uid = 1", "did you mean `min-uid`?"),
+            ("[resolver]\ntype = \"passwd\"", "write [[resolver]]"),
+        ] {
+            let found = faults::<Config>(text, Path::new("x"));
+            assert!(found[0].to_string().contains(suggestion), "{text}: {}", found[0]);
+        }
+        let unlike_any = faults::<Config>("[server]\ncolour = 1", Path::new("x"));
+        assert!(!unlike_any[0].to_string().contains("did you mean"), "{}", unlike_any[0]);
+    }
+
+    #[test]
+    fn keys_have_places_and_what_is_not_set_has_that_of_its_section() {
+        let text = "[filter]\ndeadline = \"1s\"\n[[resolver]]\ntype = \"passwd\"\n[[resolver]]\n  uri = []\n";
+        let places = KeyPlaces::of(text, Path::new("x"));
+        let at = |key| places.nearest(key).map(|place| place.to_string());
+        assert_eq!(at("filter.deadline").as_deref(), Some("x:2:1"));
+        assert_eq!(at("filter.timeout").as_deref(), Some("x:1:2"));
+        assert_eq!(at("resolver.1.uri").as_deref(), Some("x:6:3"));
+        assert_eq!(at("resolver.1.base").as_deref(), Some("x:5:1"));
+        assert_eq!(at("server.user"), None);
+        assert!(places.has("filter.deadline") && !places.has("filter.timeout"));
     }
 }

@@ -262,7 +262,9 @@ impl ResolverMetrics {
             ResolverConfig::Ldap(config) => config.uri.len(),
             ResolverConfig::Passwd(_) | ResolverConfig::PasswdFile(_) => 0,
         };
-        Self { server_failures: vec![Counter::default(); servers], ..Self::default() }
+        // Clones of a counter would be the same one.
+        let server_failures = std::iter::repeat_with(Counter::default).take(servers).collect();
+        Self { server_failures, ..Self::default() }
     }
 }
 

@@ -248,7 +248,8 @@ impl Session {
         let settings = SpoolSettings { metrics, ..SpoolSettings::new(filter) };
         let mut spool = Spool::new(settings, transaction.envelope.declared_size)?;
         if filter.trace_headers {
-            trace_headers::write(&mut spool, &transaction.envelope, &transaction.host)?;
+            let now = jiff::Timestamp::now();
+            trace_headers::write(&mut spool, &transaction.envelope, &transaction.host, now)?;
         }
         Ok(spool)
     }

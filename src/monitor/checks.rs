@@ -4,15 +4,17 @@
 //! executing by path can't be played against each other by anybody else.
 
 use std::{
+    borrow::Cow,
     fs::{self, Metadata},
     io,
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
-    path::{Path, PathBuf},
+    os::unix::fs::MetadataExt,
+    path::{Component, Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use nix::{
     fcntl::{OFlag, open},
-    sys::stat::{FileStat, Mode, SFlag, fstat},
+    sys::stat::{Mode, SFlag, fstat},
     unistd::{AccessFlags, access},
 };
 
@@ -52,6 +54,40 @@ impl CheckError {
     }
 }
 
+/// Something on the way to which every directory and every symbolic link is checked.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    /// Without links.
+    path: PathBuf,
+    metadata: Metadata,
+}
+
+impl Place {
+    fn root() -> Result<Self, CheckError> {
+        let path = PathBuf::from("/");
+        let metadata = fs::symlink_metadata(&path).map_err(|error| CheckError::system(&path, error))?;
+        Ok(Self { path, metadata })
+    }
+
+    /// The real path.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// As [`executable`], with a path that begins at this place: what is checked is not checked again.
+    pub(super) fn executable(&self, path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
+        find(Some(self), path, uid)?.ok_or(CheckError::Missing)?.into_executable(uid)
+    }
+
+    fn into_executable(self, uid: u32) -> Result<PathBuf, CheckError> {
+        let Self { path, metadata } = self;
+        check_file(&path, &metadata, uid)?;
+        access(&path, AccessFlags::X_OK)
+            .map_err(|_| CheckError::failed(&path, "not executable by its user (chmod u+x)"))?;
+        Ok(path)
+    }
+}
+
 /// The real path of an executable that passes every check for the user `uid`.
 ///
 /// Symbolic links are followed; the file is never opened for reading or writing.
@@ -60,26 +96,18 @@ impl CheckError {
 ///
 /// [`CheckError`], with the path on which the check failed.
 pub(super) fn executable(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
-    let (real, _, stat) = look_at(path, uid)?.ok_or(CheckError::Missing)?;
-    check_file(&real, &stat, uid)?;
-    access(&real, AccessFlags::X_OK)
-        .map_err(|_| CheckError::failed(&real, "not executable by its user (chmod u+x)"))?;
-    Ok(real)
+    find(None, path, uid)?.ok_or(CheckError::Missing)?.into_executable(uid)
 }
 
-/// The real path of what is there, every step of the way checked, and a descriptor to look at it (O_PATH: looking at a
-/// FIFO or a device must neither wait nor have an effect). `None`: there is nothing.
-fn look_at(path: &Path, uid: u32) -> Result<Option<(PathBuf, OwnedFd, FileStat)>, CheckError> {
-    match fs::symlink_metadata(path) {
-        Err(error) if is_absence(&error) => return Ok(None),
-        Err(error) => return Err(CheckError::system(path, error)),
-        Ok(_) => (),
-    }
-    let real = follow(path, uid)?;
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
-    let stat = fstat(&file).map_err(|error| CheckError::system(&real, error))?;
-    Ok(Some((real, file, stat)))
+/// What is there, every step of the way checked. `None`: there is nothing, whatever the way.
+fn find(from: Option<&Place>, path: &Path, uid: u32) -> Result<Option<Place>, CheckError> {
+    follow_from(from, path, uid).map(Some).or_else(|failed| {
+        let whole = from.map_or_else(|| path.to_owned(), |place| place.path.join(path));
+        match fs::symlink_metadata(whole) {
+            Err(error) if is_absence(&error) => Ok(None),
+            _ => Err(failed),
+        }
+    })
 }
 
 /// Whether the error says that there is no such file. A name that is too long for the file system is that of none:
@@ -89,39 +117,59 @@ pub(super) fn is_absence(error: &io::Error) -> bool {
     matches!(error.kind(), NotFound | NotADirectory | InvalidFilename)
 }
 
-/// The real path behind a path, when everything that decides where it leads is checked: each directory, and each
-/// symbolic link. A link in a directory that others may write could be pointed elsewhere by them.
-fn follow(path: &Path, uid: u32) -> Result<PathBuf, CheckError> {
-    if !path.is_absolute() {
-        return Err(CheckError::failed(path, "not an absolute path"));
-    }
-    let backwards = |path: &Path| path.components().rev().map(|c| PathBuf::from(c.as_os_str())).collect();
-    let mut rest: Vec<PathBuf> = backwards(path);
-    let mut real = PathBuf::new();
+/// What is behind a path, when everything that decides where it leads is checked: each directory, and each symbolic
+/// link. A link in a directory that others may write could be pointed elsewhere by them.
+///
+/// # Errors
+///
+/// [`CheckError`], with the path on which the check failed.
+pub(super) fn follow(path: &Path, uid: u32) -> Result<Place, CheckError> {
+    follow_from(None, path, uid)
+}
+
+fn follow_from(from: Option<&Place>, path: &Path, uid: u32) -> Result<Place, CheckError> {
+    let (mut place, mut rest) = match (from, path.strip_prefix("/")) {
+        (Some(place), Err(_)) => (place.clone(), Cow::Borrowed(path)),
+        (_, Ok(below_root)) => (Place::root()?, Cow::Borrowed(below_root)),
+        (None, Err(_)) => return Err(CheckError::failed(path, "not an absolute path")),
+    };
     let mut links = 0;
-    while let Some(name) = rest.pop() {
-        let next = match name.as_os_str().as_encoded_bytes() {
-            b"." => continue,
-            b".." => real.parent().unwrap_or(Path::new("/")).to_owned(),
-            _ => real.join(name),
-        };
-        let metadata = fs::symlink_metadata(&next).map_err(|error| CheckError::system(&next, error))?;
-        if metadata.is_symlink() {
-            check_owner(&next, metadata.uid(), uid)?;
-            links += 1;
-            if links > MAX_LINKS {
-                return Err(CheckError::system(path, nix::errno::Errno::ELOOP));
+    'way: loop {
+        let mut components = rest.components();
+        while let Some(component) = components.next() {
+            match component {
+                Component::CurDir | Component::Prefix(_) => continue,
+                Component::RootDir => {
+                    place = Place::root()?;
+                    continue;
+                }
+                // Whatever the way goes on from is a directory.
+                Component::ParentDir => {
+                    check_directory(&place.path, &place.metadata, uid)?;
+                    place.path.pop();
+                }
+                Component::Normal(name) => {
+                    check_directory(&place.path, &place.metadata, uid)?;
+                    place.path.push(name);
+                }
             }
-            let target = fs::read_link(&next).map_err(|error| CheckError::system(&next, error))?;
-            rest.append(&mut backwards(&target));
-            continue;
+            let next = &place.path;
+            let metadata = fs::symlink_metadata(next).map_err(|error| CheckError::system(next, error))?;
+            if metadata.is_symlink() {
+                check_owner(next, metadata.uid(), uid)?;
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(CheckError::system(path, nix::errno::Errno::ELOOP));
+                }
+                let target = fs::read_link(next).map_err(|error| CheckError::system(next, error))?;
+                place.path.pop();
+                rest = Cow::Owned(target.join(components.as_path()));
+                continue 'way;
+            }
+            place.metadata = metadata;
         }
-        if !rest.is_empty() {
-            check_directory(&next, &metadata, uid)?;
-        }
-        real = next;
+        return Ok(place);
     }
-    Ok(real)
 }
 
 fn check_directory(path: &Path, metadata: &Metadata, uid: u32) -> Result<(), CheckError> {
@@ -136,21 +184,22 @@ fn check_directory(path: &Path, metadata: &Metadata, uid: u32) -> Result<(), Che
     Ok(())
 }
 
-fn check_regular(path: &Path, stat: &FileStat) -> Result<(), CheckError> {
-    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG {
+fn check_regular(path: &Path, mode: u32) -> Result<(), CheckError> {
+    if SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFREG {
         Ok(())
     } else {
         Err(CheckError::failed(path, "not a regular file"))
     }
 }
 
-fn check_file(path: &Path, stat: &FileStat, uid: u32) -> Result<(), CheckError> {
-    check_regular(path, stat)?;
-    check_owner(path, stat.st_uid, uid)?;
-    if stat.st_mode & OTHERS_MAY_WRITE != 0 {
+fn check_file(path: &Path, metadata: &Metadata, uid: u32) -> Result<(), CheckError> {
+    let mode = metadata.mode();
+    check_regular(path, mode)?;
+    check_owner(path, metadata.uid(), uid)?;
+    if mode & OTHERS_MAY_WRITE != 0 {
         return Err(CheckError::failed(path, "file is writable by group or others (chmod go-w)"));
     }
-    if stat.st_mode & SETID != 0 {
+    if mode & SETID != 0 {
         return Err(CheckError::failed(path, "file has a setuid or setgid bit (chmod ug-s)"));
     }
     Ok(())
@@ -174,19 +223,50 @@ fn check_owner(path: &Path, owner: u32, uid: u32) -> Result<(), CheckError> {
 ///
 /// [`CheckError`], with the path on which the check failed.
 pub(super) fn open_for_appending(path: &Path, uid: u32) -> Result<Option<(PathBuf, fs::File)>, CheckError> {
-    let Some((real, file, stat)) = look_at(path, uid)? else { return Ok(None) };
-    check_regular(&real, &stat)?;
+    let Some(Place { path: real, .. }) = find(None, path, uid)? else { return Ok(None) };
+    // O_PATH: looking at a FIFO or a device must neither wait nor have an effect.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = open(&real, flags, Mode::empty()).map_err(|error| CheckError::system(&real, error))?;
+    let stat = fstat(&file).map_err(|error| CheckError::system(&real, error))?;
+    check_regular(&real, stat.st_mode)?;
     check_owner(&real, stat.st_uid, uid)?;
     let file = sys::reopen_for_appending(&file).map_err(|error| CheckError::system(&real, error))?;
     Ok(Some((real, file.into())))
 }
 
-/// The text of a regular file, or `None` if there is none. Special files are not waited for.
+/// A file that was changed so short a time ago may be half-written: it is read again until it stays the same. Programs that
+/// write in place are done within a fraction of it.
+const UNSETTLED: Duration = Duration::from_millis(50);
+
+/// The text of a regular file, or `None` if there is none. Special files are not waited for; one that is just being
+/// written is.
 ///
 /// # Errors
 ///
 /// [`CheckError`] if it is no regular file, can't be read, is longer than `limit` bytes, or not UTF-8.
 pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, CheckError> {
+    settled(|| read_text_once(path, limit), || std::thread::sleep(UNSETTLED))
+}
+
+/// Reads, with the time of the last change, until nothing changes.
+fn settled(
+    mut read: impl FnMut() -> Result<Option<(String, SystemTime)>, CheckError>,
+    mut wait: impl FnMut(),
+) -> Result<Option<String>, CheckError> {
+    let mut last = None;
+    loop {
+        let Some((text, changed)) = read()? else { return Ok(None) };
+        // A time to come is of a clock that was set back.
+        let is_settled = changed.elapsed().map_or(true, |age| age > UNSETTLED);
+        if is_settled || last.as_ref() == Some(&text) {
+            return Ok(Some(text));
+        }
+        last = Some(text);
+        wait();
+    }
+}
+
+fn read_text_once(path: &Path, limit: u64) -> Result<Option<(String, SystemTime)>, CheckError> {
     use std::io::Read;
     // Opening a device or a FIFO can wait or have an effect (a tty would become the session's): look first.
     let file = match open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(io::Error::from) {
@@ -194,15 +274,17 @@ pub(super) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, Check
         other => other.map_err(|error| CheckError::system(path, error))?,
     };
     let stat = fstat(&file).map_err(|error| CheckError::system(path, error))?;
-    check_regular(path, &stat)?;
+    check_regular(path, stat.st_mode)?;
     let file = sys::reopen_for_reading(&file).map_err(|error| CheckError::system(path, error))?;
     let file = fs::File::from(file);
+    let changed = file.metadata().and_then(|metadata| metadata.modified());
+    let changed = changed.map_err(|error| CheckError::system(path, error))?;
     let mut text = String::new();
     file.take(limit + 1).read_to_string(&mut text).map_err(|error| CheckError::system(path, error))?;
     if text.len() as u64 > limit {
         return Err(CheckError::failed(path, format!("longer than {limit} bytes")));
     }
-    Ok(Some(text))
+    Ok(Some((text, changed)))
 }
 
 #[cfg(test)]
@@ -322,5 +404,22 @@ mod tests {
         assert!(read_text(&scene.path("long"), 10).is_err());
         assert_eq!(read_text(&scene.path("long"), 11).unwrap().as_deref(), Some("12345678901"));
         assert_eq!(read_text(&scene.path("none"), 10).unwrap(), None);
+    }
+
+    #[test]
+    fn a_text_that_is_being_written_is_read_until_it_stays_the_same() {
+        let read_in_turn = |texts: &[&str], age: Duration| {
+            let mut waits = 0;
+            let mut texts = texts.iter();
+            let read = || Ok(texts.next().map(|text| ((*text).to_owned(), SystemTime::now() - age)));
+            let text = settled(read, || waits += 1).unwrap();
+            (text, waits)
+        };
+        let text = |text: &str| Some(text.to_owned());
+        let now = Duration::ZERO;
+        assert_eq!(read_in_turn(&["half", "whole", "whole", "x"], now), (text("whole"), 2));
+        assert_eq!(read_in_turn(&["", "half", "half", "x"], now), (text("half"), 2));
+        assert_eq!(read_in_turn(&["whole", "x"], UNSETTLED * 2), (text("whole"), 0));
+        assert_eq!(read_in_turn(&[], now), (None, 0));
     }
 }

@@ -1,15 +1,19 @@
 //! The child of one job, from fork to exec, in order: look the user up, check, drop every privilege, prove it,
 //! and only then touch what is the user's.
 //!
-//! Everything here runs in a process of its own, forked from the monitor. A refusal is written to the job's report
-//! pipe, which the worker reads; the pipe closes by itself when the filter is executed.
+//! Everything here runs in a process of its own, forked from the monitor. A refusal is written to a pipe which the worker
+//! reads: the job's report pipe, or for a run the filter's standard output, which nobody else has written to then.
+//!
+//! Between fork and exec every page that is touched is a page fault, and every system call is made once for each filter:
+//! what is the same for all of them is found out before, in the monitor.
 
 use std::{
+    convert::Infallible,
     ffi::{CStr, CString},
     fs::{self, File},
     io::Write,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Component, Path, PathBuf},
@@ -30,7 +34,7 @@ use nix::{
 };
 
 use super::{
-    checks::{self, CheckError},
+    checks::{self, CheckError, Place},
     user_log,
     wire::{self, FilterFile, Inspection, Phase, Refusal, Report, RulesSource, Variable},
 };
@@ -46,8 +50,8 @@ const SHELL: &CStr = c"SHELL=/bin/sh";
 const PATH: &CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
 /// Exit status of a child that did not become a filter. The report says why; should it get lost, this is no verdict
-/// either.
-const NOT_RUN: i32 = 126;
+/// either. A filter may exit with it too: the kernel knows which it was.
+pub(super) const NOT_RUN: i32 = 126;
 
 /// Longest `rules.toml`, in bytes.
 const MAX_RULES_LENGTH: u64 = 1 << 20;
@@ -62,18 +66,21 @@ const MAX_FILTERS: usize = 256;
 pub(super) struct Child<'a> {
     /// Limits, and where filters lie.
     pub(super) settings: &'a Filter,
-    /// The parent.
-    pub(super) monitor: Pid,
-    /// What no limit of a filter may exceed.
-    pub(super) hard_limits: &'a HardLimits,
+    pub(super) parent: &'a Parent,
 }
 
-/// The process's own hard limits, asked once.
-pub(super) struct HardLimits([(Resource, rlim_t); 6]);
+/// The process that children are forked from, asked once.
+pub(super) struct Parent {
+    pid: Pid,
+    /// Who it runs as.
+    uid: Uid,
+    /// What no limit of a filter may exceed.
+    hard_limits: [(Resource, rlim_t); 6],
+}
 
-impl HardLimits {
-    pub(super) fn of_process() -> nix::Result<Self> {
-        let mut limits = [
+impl Parent {
+    pub(super) fn this_process() -> nix::Result<Self> {
+        let mut hard_limits = [
             (Resource::RLIMIT_CORE, 0),
             (Resource::RLIMIT_AS, 0),
             (Resource::RLIMIT_CPU, 0),
@@ -81,10 +88,10 @@ impl HardLimits {
             (Resource::RLIMIT_FSIZE, 0),
             (Resource::RLIMIT_NPROC, 0),
         ];
-        for (resource, hard) in &mut limits {
+        for (resource, hard) in &mut hard_limits {
             (_, *hard) = getrlimit(*resource)?;
         }
-        Ok(Self(limits))
+        Ok(Self { pid: Pid::this(), uid: Uid::effective(), hard_limits })
     }
 }
 
@@ -93,7 +100,7 @@ pub(super) struct Run<'a> {
     pub(super) user: &'a User,
     pub(super) phase: Phase,
     pub(super) extension: Option<&'a str>,
-    pub(super) variables: &'a [(Variable, String)],
+    pub(super) variables: &'a [(Variable, &'a str)],
     /// The message; `None` means empty.
     pub(super) stdin: Option<&'a OwnedFd>,
     pub(super) stdout: &'a OwnedFd,
@@ -109,15 +116,36 @@ struct Identity {
     home: PathBuf,
 }
 
+impl Run<'_> {
+    /// The first act: makes what the filter reads and writes descriptors 0 to 2, and closes all that is left of the
+    /// monitor's. Only then may anything be asked of them that could hang.
+    fn take_streams(&self) -> nix::Result<[OwnedFd; 3]> {
+        match self.stdin {
+            Some(message) => dup2_stdin(message),
+            None => open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).and_then(dup2_stdin),
+        }
+        .and_then(|()| dup2_stdout(self.stdout))
+        .and_then(|()| dup2_stderr(self.stderr))
+        .and_then(|()| sys::close_all_but(&[]))?;
+        Ok([0, 1, 2].map(sys::adopt))
+    }
+
+    /// Whatever the worker says, a filter reads the message, and writes to pipes.
+    fn check_streams(&self, stdin: &OwnedFd, stderr: &OwnedFd) -> Result<(), Refusal> {
+        check_pipe("standard error", stderr)?;
+        self.stdin.map_or(Ok(()), |_| check_message(stdin))
+    }
+}
+
 impl Child<'_> {
     /// Looks at what the user has and reports it. Returns the exit status.
     pub(super) fn inspect(&self, user: &User, report: &OwnedFd) -> i32 {
-        if check_pipe("report", report).is_err() {
+        if keep_only(report).is_err() {
             return NOT_RUN;
         }
-        let outcome = self.become_user(user).and_then(|identity| {
+        let outcome = self.become_user(user).and_then(|(identity, home)| {
             let mut inspection = Inspection { uid: identity.uid.as_raw(), ..Inspection::default() };
-            self.find_files(user, &identity, &mut inspection)?;
+            self.find_files(user, &identity, home.as_ref(), &mut inspection)?;
             inspection.home = identity.home;
             Ok(inspection)
         });
@@ -131,10 +159,10 @@ impl Child<'_> {
 
     /// Appends to the user's log, if there is one, and reports only what went wrong. Returns the exit status.
     pub(super) fn log(&self, user: &User, text: &str, report: &OwnedFd) -> i32 {
-        if check_pipe("report", report).is_err() {
+        if keep_only(report).is_err() {
             return NOT_RUN;
         }
-        let outcome = self.become_user(user).and_then(|identity| {
+        let outcome = self.become_user(user).and_then(|(identity, _)| {
             let path = identity.home.join(&self.settings.directory).join("log");
             umask(Mode::S_IRWXG | Mode::S_IRWXO);
             user_log::append(&path, identity.uid.as_raw(), text)
@@ -150,28 +178,24 @@ impl Child<'_> {
     }
 
     /// Becomes the user's filter. Returns only if it could not, with the exit status.
-    pub(super) fn run(&self, run: &Run<'_>, report: &OwnedFd) -> i32 {
-        if check_pipe("report", report).is_err() {
+    pub(super) fn run(&self, run: &Run<'_>) -> i32 {
+        let Ok([stdin, stdout, stderr]) = run.take_streams() else { return NOT_RUN };
+        if check_pipe("standard output", &stdout).is_err() {
             return NOT_RUN;
         }
-        let Err(refusal) = self.try_run(run);
-        send(report, &Report::Refusal(refusal));
+        let Err(refusal) = run.check_streams(&stdin, &stderr).and_then(|()| self.try_run(run));
+        send(&stdout, &Report::Refusal(refusal));
         NOT_RUN
     }
 
-    fn try_run(&self, run: &Run<'_>) -> Result<std::convert::Infallible, Refusal> {
-        if let Some(message) = run.stdin {
-            check_message(message)?;
-        }
-        check_pipe("standard output", run.stdout)?;
-        check_pipe("standard error", run.stderr)?;
+    fn try_run(&self, run: &Run<'_>) -> Result<Infallible, Refusal> {
         self.limit_resources()?;
-        let identity = self.become_user(run.user)?;
+        let (identity, home) = self.become_user(run.user)?;
         if self.settings.no_new_privileges {
             prctl::set_no_new_privs().map_err(|e| refused("prctl(PR_SET_NO_NEW_PRIVS)", e))?;
         }
         umask(Mode::S_IRWXG | Mode::S_IRWXO);
-        let filter = self.find_filter(&identity, run)?;
+        let filter = self.find_filter(&identity, home.as_ref(), run)?;
         // A virtual user of whom the directory knows all may have no home.
         chdir(&identity.home)
             .or_else(|_| chdir("/"))
@@ -179,14 +203,8 @@ impl Child<'_> {
         let filter = CString::new(filter.as_os_str().as_bytes()).map_err(|e| refused("path of filter", e))?;
         let environment = environment(&identity, run.variables);
 
-        match run.stdin {
-            Some(message) => dup2_stdin(message),
-            None => open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).and_then(dup2_stdin),
-        }
-        .and_then(|()| dup2_stdout(run.stdout))
-        .and_then(|()| dup2_stderr(run.stderr))
-        .and_then(|()| sys::close_on_exec_from(3))
-        .map_err(|e| refused("descriptors", e))?;
+        // What the look-up of a user may have left open.
+        sys::close_on_exec_from(3).map_err(|e| refused("descriptors", e))?;
         execve(&filter, &[&filter], &environment).map_err(|e| {
             let hint = match e {
                 nix::errno::Errno::ENOENT => " (does the interpreter of its #! line exist?)",
@@ -199,12 +217,13 @@ impl Child<'_> {
         })
     }
 
-    /// Every privilege goes, for good, before anything of the user's is touched.
-    fn become_user(&self, user: &User) -> Result<Identity, Refusal> {
+    /// Every privilege goes, for good, before anything of the user's is touched. The place is the user's home, if only
+    /// the user or root can change the way to it.
+    fn become_user(&self, user: &User) -> Result<(Identity, Option<Place>), Refusal> {
         let identity = self.identify(user)?;
         setsid().map_err(|e| refused("setsid", e))?;
         let (uid, mut gid) = (identity.uid, identity.gid);
-        if !Uid::effective().is_root() {
+        if !self.parent.uid.is_root() {
             // Nothing can be changed, nor is there anything to lose: the group is the invoking user's.
             gid = Gid::effective();
         } else {
@@ -215,11 +234,11 @@ impl Child<'_> {
         prove_dropped(uid, gid)?;
         // After the change of uid, which clears it. The signal goes to a process that may ignore all others.
         prctl::set_pdeathsig(Signal::SIGKILL).map_err(|e| refused("prctl(PR_SET_PDEATHSIG)", e))?;
-        if getppid() != self.monitor {
+        if getppid() != self.parent.pid {
             return Err(Refusal::Check("the monitor is gone".into()));
         }
-        self.check_home(user, &identity)?;
-        Ok(identity)
+        let home = self.check_home(user, &identity)?;
+        Ok((identity, home))
     }
 
     /// Looks the user up and refuses whoever no filter may run as.
@@ -253,7 +272,7 @@ impl Child<'_> {
         if gid == 0 || gid == u32::MAX || identity.groups.contains(&Gid::from_raw(0)) {
             return no("no filter runs in group 0".into());
         }
-        let own = Uid::effective();
+        let own = self.parent.uid;
         if !own.is_root() && own != identity.uid {
             return no(format!("not started as root, so filters run for uid {own} only"));
         }
@@ -276,25 +295,35 @@ impl Child<'_> {
 
     /// A virtual user's home may be reached through links, but not out of `virtual-homes`. Asked as the user, for
     /// whom nothing is lost by looking.
-    fn check_home(&self, user: &User, identity: &Identity) -> Result<(), Refusal> {
-        let (Account::Virtual { .. }, Ok(real)) = (&user.account, fs::canonicalize(&identity.home)) else {
-            return Ok(());
+    fn check_home(&self, user: &User, identity: &Identity) -> Result<Option<Place>, Refusal> {
+        let way = checks::follow(&identity.home, identity.uid.as_raw()).ok();
+        if let Account::Passwd = user.account {
+            return Ok(way);
+        }
+        let real = match &way {
+            Some(home) => home.path().to_owned(),
+            None => match fs::canonicalize(&identity.home) {
+                Ok(real) => real,
+                Err(_) => return Ok(None),
+            },
         };
-        let roots: Vec<PathBuf> =
-            self.settings.virtual_homes.iter().filter_map(|p| fs::canonicalize(p).ok()).collect();
-        if is_below(&real, &roots) {
-            Ok(())
-        } else {
-            Err(Refusal::Check(format!(
+        // Without links on the way, what `identify` has seen of the path as it is written is all there is.
+        let leads_astray = real != identity.home && {
+            let roots = self.settings.virtual_homes.iter().filter_map(|p| fs::canonicalize(p).ok());
+            !is_below(&real, &roots.collect::<Vec<_>>())
+        };
+        if leads_astray {
+            return Err(Refusal::Check(format!(
                 "home {} leads outside filter.virtual-homes",
                 identity.home.display()
-            )))
+            )));
         }
+        Ok(way)
     }
 
     fn limit_resources(&self) -> Result<(), Refusal> {
         let s = self.settings;
-        for (resource, hard) in self.hard_limits.0 {
+        for (resource, hard) in self.parent.hard_limits {
             let limit = match resource {
                 Resource::RLIMIT_AS => s.max_memory.0,
                 Resource::RLIMIT_CPU => s.max_cpu.0.as_secs().max(1),
@@ -310,23 +339,39 @@ impl Child<'_> {
         Ok(())
     }
 
-    fn find_filter(&self, identity: &Identity, run: &Run<'_>) -> Result<PathBuf, Refusal> {
-        let directory = identity.home.join(&self.settings.directory);
-        let uid = identity.uid.as_raw();
-        let own = run.phase.candidates(run.extension).into_iter().map(|name| (directory.join(name), uid));
-        // The site's programs belong to root; the user could not be trusted with another's.
-        let site = self.fallback_paths(run.user, run.phase).into_iter().map(|path| (path, 0));
-        for (path, owner) in own.chain(site) {
-            match checks::executable(&path, owner) {
-                Err(CheckError::Missing) if owner == 0 => {
-                    return Err(Refusal::Check(format!("{}: no such program", path.display())));
-                }
+    fn find_filter(
+        &self,
+        identity: &Identity,
+        home: Option<&Place>,
+        run: &Run<'_>,
+    ) -> Result<PathBuf, Refusal> {
+        for name in run.phase.candidates(run.extension) {
+            match self.own_executable(identity, home, &name) {
                 Err(CheckError::Missing) => (),
                 Err(failed) => return Err(Refusal::Check(failed.to_string())),
                 Ok(path) => return Ok(path),
             }
         }
-        Err(Refusal::NoFilter)
+        // The site's programs belong to root; the user could not be trusted with another's.
+        let Some(program) = self.fallback_paths(run.user, run.phase).into_iter().next() else {
+            return Err(Refusal::NoFilter);
+        };
+        checks::executable(&program, 0).map_err(|failed| Refusal::Check(program_problem(&program, &failed)))
+    }
+
+    /// The real path of an executable in the user's directory.
+    fn own_executable(
+        &self,
+        identity: &Identity,
+        home: Option<&Place>,
+        name: &str,
+    ) -> Result<PathBuf, CheckError> {
+        let (path, uid) = (self.settings.directory.join(name), identity.uid.as_raw());
+        match home {
+            Some(home) => home.executable(&path, uid),
+            // Again from the root, for the error.
+            None => checks::executable(&identity.home.join(path), uid),
+        }
     }
 
     /// Where a filter of the site's may lie, for a user without one.
@@ -346,10 +391,7 @@ impl Child<'_> {
 
     fn fallback(&self, user: &User, phase: Phase) -> Option<FilterFile> {
         let path = self.fallback_paths(user, phase).into_iter().next()?;
-        let problem = checks::executable(&path, 0).err().map(|failed| match failed {
-            CheckError::Missing => format!("{}: no such program", path.display()),
-            failed @ CheckError::Failed { .. } => failed.to_string(),
-        });
+        let problem = checks::executable(&path, 0).err().map(|failed| program_problem(&path, &failed));
         Some(FilterFile { name: path.display().to_string(), problem })
     }
 
@@ -357,6 +399,7 @@ impl Child<'_> {
         &self,
         user: &User,
         identity: &Identity,
+        home: Option<&Place>,
         inspection: &mut Inspection,
     ) -> Result<(), Refusal> {
         inspection.fallback_recipient = self.fallback(user, Phase::Recipient);
@@ -374,7 +417,7 @@ impl Child<'_> {
             if name == "log" {
                 inspection.log = true;
             } else if is_filter_name(&name) && inspection.filters.len() < MAX_FILTERS {
-                let problem = match checks::executable(&directory.join(&name), identity.uid.as_raw()) {
+                let problem = match self.own_executable(identity, home, &name) {
                     Ok(_) => None,
                     Err(CheckError::Missing) => continue,
                     Err(failed) => Some(failed.to_string()),
@@ -388,6 +431,14 @@ impl Child<'_> {
             Err(error) => inspection.rules_problem = Some(error.to_string()),
         }
         Ok(())
+    }
+}
+
+/// What is wrong with a program of the site's, which must be there.
+fn program_problem(path: &Path, failed: &CheckError) -> String {
+    match failed {
+        CheckError::Missing => format!("{}: no such program", path.display()),
+        failed @ CheckError::Failed { .. } => failed.to_string(),
     }
 }
 
@@ -459,19 +510,29 @@ fn check_pipe(what: &str, descriptor: &OwnedFd) -> Result<(), Refusal> {
     }
 }
 
-fn environment(identity: &Identity, variables: &[(Variable, String)]) -> Vec<CString> {
+/// The first act of a job that only reports: closes all that is the monitor's.
+pub(super) fn keep_only(report: &OwnedFd) -> Result<(), Refusal> {
+    sys::close_all_but(&[report.as_raw_fd()]).map_err(|e| refused("descriptors", e))?;
+    check_pipe("report", report)
+}
+
+fn environment(identity: &Identity, variables: &[(Variable, &str)]) -> Vec<CString> {
     let home = identity.home.as_os_str().as_bytes();
     let own = [("HOME", home), ("USER", identity.name.as_bytes()), ("LOGNAME", identity.name.as_bytes())];
     let given = variables.iter().map(|(variable, value)| (variable.name(), value.as_bytes()));
     own.into_iter()
         .chain(given)
         // A value with NUL has no form in an environment; the worker has dropped and logged such.
-        .filter_map(|(name, value)| CString::new([name.as_bytes(), b"=", value].concat()).ok())
+        .filter_map(|(name, value)| {
+            let mut line = Vec::with_capacity(name.len() + value.len() + "=\0".len());
+            [name.as_bytes(), b"=", value].into_iter().for_each(|part| line.extend_from_slice(part));
+            CString::new(line).ok()
+        })
         .chain([SHELL.to_owned(), PATH.to_owned()])
         .collect()
 }
 
-fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
+pub(super) fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
     Refusal::Check(format!("{what}: {error}"))
 }
 
@@ -497,8 +558,8 @@ mod tests {
 
     fn refusal(user: &str, account: Account) -> String {
         let settings = settings();
-        let hard_limits = HardLimits::of_process().unwrap();
-        let child = Child { settings: &settings, monitor: getppid(), hard_limits: &hard_limits };
+        let parent = Parent::this_process().unwrap();
+        let child = Child { settings: &settings, parent: &parent };
         let name = UserName::try_from(user.to_owned()).unwrap();
         let user = User { name, account, program: None };
         match child.identify(&user) {

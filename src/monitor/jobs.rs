@@ -2,7 +2,8 @@
 
 use std::{
     collections::HashMap,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    fs,
+    os::fd::{OwnedFd, RawFd},
     time::{Duration, Instant},
 };
 
@@ -14,23 +15,24 @@ use nix::{
 use tracing::debug;
 
 use super::{
-    child::{Child, HardLimits, Run},
+    answer::answer,
+    child::{Child, NOT_RUN, Parent, Run},
     guard::{Guard, Place},
     wire::{End, JobId, Request},
 };
 use crate::{
-    config::Filter,
+    config::{Config, Filter},
     sys::{self, ChildEnd},
 };
 
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Time limit of an inspection or an entry for a log, which only touch a few files; a home that hangs must not hold them
-/// for ever.
+/// Time limit of an inspection, an entry for a log, or an answer, which only touch a few files or ask NSS; a home or a
+/// name server that hangs must not hold them for ever.
 const FILES_TIME_LIMIT: Duration = Duration::from_secs(10);
 
-/// Inspections and entries for logs that a worker may have under way, beside `max-processes` filters.
+/// Inspections, entries for logs and questions that a worker may have under way, beside `max-processes` filters.
 pub(super) const MAX_FILE_JOBS: usize = 32;
 
 /// Number by which the monitor tells its workers apart.
@@ -39,7 +41,7 @@ pub(super) type WorkerId = u64;
 /// All children that are not workers.
 pub(super) struct Jobs {
     running: HashMap<Pid, Job>,
-    hard_limits: HardLimits,
+    parent: Parent,
     guard: Guard,
 }
 
@@ -82,7 +84,7 @@ pub(super) enum BadRequest {
 impl Jobs {
     /// None yet.
     pub(super) fn new() -> nix::Result<Self> {
-        Ok(Self { running: HashMap::new(), hard_limits: HardLimits::of_process()?, guard: Guard::start()? })
+        Ok(Self { running: HashMap::new(), parent: Parent::this_process()?, guard: Guard::start()? })
     }
 
     /// The descriptor that no child may keep.
@@ -100,42 +102,39 @@ impl Jobs {
     pub(super) fn start(
         &mut self,
         worker: WorkerId,
-        request: &Request,
+        request: &Request<'_>,
         descriptors: &[OwnedFd],
-        settings: &Filter,
+        config: &Config,
     ) -> Result<Option<Ended>, BadRequest> {
+        let settings = &config.filter;
         let has_room = self.of_worker(worker) < Self::limit(settings);
-        let fork_job = |descriptors: &[OwnedFd], job: &dyn Fn() -> i32| {
-            if has_room { fork_job(descriptors, job) } else { Err(Errno::EAGAIN) }
-        };
-        let child = Child { settings, monitor: getpid(), hard_limits: &self.hard_limits };
+        let fork_job = |job: &dyn Fn() -> i32| if has_room { fork_job(job) } else { Err(Errno::EAGAIN) };
+        let child = Child { settings, parent: &self.parent };
         let (id, time_limit, forked) = match request {
-            Request::Ready => return Err(BadRequest::NoJob),
+            Request::Ready | Request::Alive => return Err(BadRequest::NoJob),
             Request::Inspect { job, user } => {
                 let report = only(descriptors)?;
-                (*job, FILES_TIME_LIMIT, fork_job(descriptors, &|| child.inspect(user, report)))
+                (*job, FILES_TIME_LIMIT, fork_job(&|| child.inspect(user, report)))
             }
             Request::Log { job, user, text } => {
                 let report = only(descriptors)?;
-                (*job, FILES_TIME_LIMIT, fork_job(descriptors, &|| child.log(user, text, report)))
+                (*job, FILES_TIME_LIMIT, fork_job(&|| child.log(user, text, report)))
+            }
+            Request::Ask { job, question } => {
+                let report = only(descriptors)?;
+                let monitor = getpid();
+                (*job, FILES_TIME_LIMIT, fork_job(&|| answer(question, config, monitor, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
-                let (stdin, stdout, stderr, report) = match descriptors {
-                    [stdin, stdout, stderr, report] => (Some(stdin), stdout, stderr, report),
-                    [stdout, stderr, report] => (None, stdout, stderr, report),
+                let (stdin, stdout, stderr) = match descriptors {
+                    [stdin, stdout, stderr] => (Some(stdin), stdout, stderr),
+                    [stdout, stderr] => (None, stdout, stderr),
                     _ => return Err(BadRequest::Descriptors(descriptors.len())),
                 };
-                let run = Run {
-                    user,
-                    phase: *phase,
-                    extension: extension.as_deref(),
-                    variables,
-                    stdin,
-                    stdout,
-                    stderr,
-                };
+                let (phase, extension) = (*phase, *extension);
+                let run = Run { user, phase, extension, variables, stdin, stdout, stderr };
                 let time_limit = Duration::from_millis(*time_limit).min(settings.timeout.0);
-                (*job, time_limit, fork_job(descriptors, &|| child.run(&run, report)))
+                (*job, time_limit, fork_job(&|| child.run(&run)))
             }
         };
         let started = Instant::now();
@@ -163,6 +162,7 @@ impl Jobs {
         }
         let _ = killpg(pid, Signal::SIGKILL);
         let end = match (job.stage, end) {
+            (Stage::Running, ChildEnd::Exited(NOT_RUN)) if never_executed(pid) => End::NotRun,
             (Stage::Running, ChildEnd::Exited(status)) => End::Exited(status),
             (Stage::Running, ChildEnd::Signaled(signal)) => End::Signaled(signal),
             _ => End::TimedOut,
@@ -211,14 +211,24 @@ impl Jobs {
     }
 }
 
-/// Forks a child that handles signals as any program does, and has nothing of the monitor's: a child that hangs must
-/// not keep a socket open that was closed, nor be a way from a user to the channels.
-fn fork_job(descriptors: &[OwnedFd], job: impl FnOnce() -> i32) -> nix::Result<Pid> {
-    let kept: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-    sys::fork(|| match sys::restore_signals().and_then(|()| sys::close_all_but(&kept)) {
+/// Forks a child that handles signals as any program does. What else it has of the monitor's is closed by the job, before
+/// all else: a child that hangs must not keep a socket open that was closed, nor be a way from a user to the channels.
+fn fork_job(job: impl FnOnce() -> i32) -> nix::Result<Pid> {
+    sys::fork(|| match sys::restore_signals() {
         Ok(()) => job(),
-        Err(_) => 1,
+        Err(_) => NOT_RUN,
     })
+}
+
+/// Whether a child that has ended, and is not reaped, never became another program: PF_FORKNOEXEC among the flags of
+/// proc_pid_stat(5), which a user has no way to set.
+fn never_executed(pid: Pid) -> bool {
+    const PF_FORKNOEXEC: u64 = 0x40;
+    let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, in parentheses, is whatever the program calls itself.
+    let after_name = stat.rsplit(|byte| *byte == b')').next().unwrap_or_default();
+    let flags = std::str::from_utf8(after_name).ok().and_then(|fields| fields.split_whitespace().nth(6));
+    flags.and_then(|flags| flags.parse::<u64>().ok()).is_some_and(|flags| flags & PF_FORKNOEXEC != 0)
 }
 
 fn only(descriptors: &[OwnedFd]) -> Result<&OwnedFd, BadRequest> {

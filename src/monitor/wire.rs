@@ -3,11 +3,14 @@
 //! Worker and monitor exchange [`Request`]s and [`Event`]s over a SOCK_SEQPACKET pair, one per packet. A forked
 //! child answers with a [`Report`] on a pipe of the job's own, which the monitor never reads.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
-use crate::user::User;
+use crate::{
+    resolver::source::Identity,
+    user::{User, UserName},
+};
 
 /// Longest packet, in bytes. One environment variable may have 128 KiB (MAX_ARG_STRLEN of execve(2)), and the
 /// kernel's default socket buffer takes 208 KiB.
@@ -19,9 +22,10 @@ pub const MAX_REPORT: usize = 32 << 20;
 /// Number by which worker and monitor speak of one job.
 pub type JobId = u32;
 
-/// The table of requests: all that a worker can ask of the monitor.
+/// The table of requests: all that a worker can ask of the monitor. Long texts stay where they are, in the packet or the
+/// transaction: what a process allocates before it forks, it pays for with page faults after.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Request {
+pub enum Request<'a> {
     /// The worker serves; whoever served before may drain.
     Ready,
     /// Find out what a user has. Descriptor: the report pipe.
@@ -31,8 +35,8 @@ pub enum Request {
         /// Of whom.
         user: User,
     },
-    /// Run a user's filter. Descriptors: the message ([`Phase::Message`] only), standard output, standard error,
-    /// the report pipe.
+    /// Run a user's filter. Descriptors: the message ([`Phase::Message`] only), standard output, standard error. For a
+    /// filter that is not run ([`End::NotRun`]) the child's report is on standard output.
     Run {
         /// The job.
         job: JobId,
@@ -41,9 +45,9 @@ pub enum Request {
         /// Which of the filters.
         phase: Phase,
         /// The extension of the address, if any.
-        extension: Option<String>,
+        extension: Option<&'a str>,
         /// Values of the environment.
-        variables: Vec<(Variable, String)>,
+        variables: Vec<(Variable, &'a str)>,
         /// Time limit, in milliseconds; the configuration's limit holds if it is shorter.
         time_limit: u64,
     },
@@ -55,8 +59,34 @@ pub enum Request {
         /// Whose log.
         user: User,
         /// What to append.
-        text: String,
+        text: &'a str,
     },
+    /// The worker is alive: the answer to [`Event::Ping`].
+    Alive,
+    /// Ask the system, as the worker's own user. Descriptor: the report pipe.
+    Ask {
+        /// The job.
+        job: JobId,
+        /// What.
+        question: Question,
+    },
+}
+
+/// What a worker that has confined itself can't find out alone. Of hosts and files it names only those of the
+/// configuration, by their number there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Question {
+    /// The uid of a user, by NSS.
+    Uid(UserName),
+    /// The addresses of a directory server, by NSS.
+    Host {
+        /// Which `[[resolver]]`.
+        resolver: usize,
+        /// Which of its servers.
+        server: usize,
+    },
+    /// The text of a file that is read again when it changes: aliases(5), virtual(5) and passwd files, in this order.
+    File(usize),
 }
 
 /// What the monitor tells a worker.
@@ -67,6 +97,8 @@ pub enum Event {
         /// Whether to wait for open milter connections to end too, or only for transactions.
         connections: bool,
     },
+    /// Say that you are alive.
+    Ping,
     /// A new configuration could not be used; everything stays as it was.
     ReloadFailed {
         /// Why, cut to less than a kilobyte.
@@ -88,6 +120,8 @@ pub enum Event {
 pub enum End {
     /// With this status.
     Exited(i32),
+    /// Before it became the filter: there is a report instead.
+    NotRun,
     /// By this signal.
     Signaled(i32),
     /// By us, because its time was up.
@@ -192,6 +226,12 @@ pub enum Report {
     Refusal(Refusal),
     /// What the user has.
     Inspection(Inspection),
+    /// [`Question::Uid`]; `None`: there is no such user.
+    Uid(Option<u32>),
+    /// [`Question::Host`]
+    Addresses(Vec<IpAddr>),
+    /// [`Question::File`]: the file's bytes follow the report.
+    File(Identity),
 }
 
 /// Why a filter was not run, or a user not inspected.
@@ -278,12 +318,20 @@ pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, Malformed> {
 /// # Errors
 ///
 /// [`Malformed`]
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
-    let malformed = |source| Malformed { length: bytes.len(), source };
-    match postcard::take_from_bytes(bytes).map_err(malformed)? {
+pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Malformed> {
+    match decode_first(bytes)? {
         (message, []) => Ok(message),
-        _ => Err(malformed(postcard::Error::DeserializeBadEncoding)),
+        _ => Err(Malformed { length: bytes.len(), source: postcard::Error::DeserializeBadEncoding }),
     }
+}
+
+/// Unpacks a message, and what follows it.
+///
+/// # Errors
+///
+/// [`Malformed`]
+pub fn decode_first<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(T, &'a [u8]), Malformed> {
+    postcard::take_from_bytes(bytes).map_err(|source| Malformed { length: bytes.len(), source })
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::source::{Problem, SourceFile, is_damaged};
 use crate::address::{Address, normalize_domain};
+use crate::inquiry::Inquiry;
 use crate::user::{Account, User, UserName};
 
 /// The two ids above it mean "unchanged" to setresuid(2) and, as -2, "nobody" on some systems.
@@ -43,9 +44,21 @@ impl PasswdFile {
         self.source.refresh();
     }
 
+    /// See [`SourceFile::refresh_by`].
+    pub fn refresh_by(&self, inquiry: &Inquiry) {
+        self.source.refresh_by(inquiry);
+    }
+
     /// See [`SourceFile::problems`].
     pub fn problems(&self) -> Arc<Vec<Problem>> {
         self.source.problems()
+    }
+
+    /// All users that were read last, with their lines, in that order.
+    pub fn users(&self) -> Vec<(usize, User)> {
+        let mut users: Vec<_> = self.source.current().values().cloned().collect();
+        users.sort_by_key(|(line, _)| *line);
+        users
     }
 
     /// Looks for the whole address, then for its local part, in whatever case.

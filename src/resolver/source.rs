@@ -3,6 +3,10 @@
 //! Readers never wait for a file: they hold a lock only while they clone an [`Arc`]. Whatever happens to the
 //! file, what was read last goes on serving, and a file that never could be read says so: "could not ask" is
 //! not "not found".
+//!
+//! A file is best replaced by renaming, which shows in the next look. One that is written in place may be half-written when
+//! we look, and who is missing from it would be taken for unknown, and refused for good: so a change in place counts when the
+//! next look finds it the same, and a text that was cut off never does while there is an older one.
 
 use std::fs::{self, Metadata, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,6 +18,9 @@ use std::time::{Duration, SystemTime};
 
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
+
+use crate::inquiry::Inquiry;
 
 /// Largest file taken, in bytes: 64 MiB, about a million aliases, so that a mistake in a path can't eat the memory.
 pub const MAX_SIZE: u64 = 64 * 1024 * 1024;
@@ -82,6 +89,8 @@ struct Published<T> {
 struct LastReading {
     /// Of the content that is published, if any is.
     seen: Option<Seen>,
+    /// Of a change in place, until a second look finds it the same.
+    draft: Option<u64>,
     /// Why the last attempt failed, so that each state is logged once.
     failure: Option<String>,
 }
@@ -94,9 +103,18 @@ struct Seen {
     digest: u64,
 }
 
+/// What was found in a file.
+#[derive(Debug)]
+pub struct Reading {
+    /// As of the moment before it was read.
+    pub(crate) identity: Identity,
+    /// All of it.
+    pub(crate) bytes: Vec<u8>,
+}
+
 /// Differs between a file and its successor, whether that was renamed over it or written into it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Identity {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
     device: u64,
     inode: u64,
     size: u64,
@@ -105,18 +123,27 @@ struct Identity {
     changed: (i64, i64),
 }
 
+/// Why a file can't be used.
 #[derive(Debug, thiserror::Error)]
-enum ReadError {
+pub enum ReadError {
+    /// It can't be read.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// It is a directory, a FIFO, a device.
     #[error("not a regular file")]
     NotRegular,
+    /// It has more than [`MAX_SIZE`].
     #[error("larger than {MAX_SIZE} bytes")]
     TooLarge,
+    /// It belongs to somebody who is not believed.
     #[error("owned by uid {0}, not by root or this process")]
     Owner(u32),
+    /// Anybody could have written it.
     #[error("writable by group or other (mode {0:04o})")]
     Writable(u32),
+    /// It is shorter than before, in the middle of a line: somebody is writing it.
+    #[error("cut off: shorter than before, and its last line is unfinished")]
+    CutOff,
 }
 
 impl ReadError {
@@ -191,24 +218,40 @@ impl<T: Default> SourceFile<T> {
     ///
     /// If it cannot be read, the old content stays and the reason is logged once.
     pub fn refresh(&self) {
+        self.refresh_by(&Inquiry::Direct);
+    }
+
+    /// As [`SourceFile::refresh`], for a process that may not open the file itself. To look at it (stat(2)) it may.
+    pub fn refresh_by(&self, inquiry: &Inquiry) {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.read_if_changed(last.seen.as_ref()) {
+        match self.read_if_changed(last.seen.as_ref(), inquiry) {
             Ok(reading) => {
                 if last.failure.take().is_some() {
                     tracing::info!("{}: can be read again", self.path.display());
                 }
                 if let Some((seen, bytes)) = reading {
-                    if last.seen.as_ref().is_none_or(|old| old.digest != seen.digest) {
+                    let old = last.seen.as_ref();
+                    let is_new = old.is_none_or(|old| old.digest != seen.digest);
+                    let is_settled = old.is_none_or(|old| seen.identity.was_renamed_over(&old.identity));
+                    if is_new && !is_settled && last.draft != Some(seen.digest) {
+                        last.draft = Some(seen.digest);
+                        return;
+                    }
+                    if is_new {
                         self.publish(&bytes);
                     }
-                    last.seen = Some(seen);
+                    (last.seen, last.draft) = (Some(seen), None);
                 }
             }
             Err(error) => self.note_failure(&mut last, &error),
         }
     }
 
-    fn read_if_changed(&self, seen: Option<&Seen>) -> Result<Option<(Seen, Vec<u8>)>, ReadError> {
+    fn read_if_changed(
+        &self,
+        seen: Option<&Seen>,
+        inquiry: &Inquiry,
+    ) -> Result<Option<(Seen, Vec<u8>)>, ReadError> {
         let metadata = fs::metadata(&self.path)?;
         // Asked before opening too: opening a device can have effects of its own.
         if !metadata.is_file() {
@@ -217,39 +260,17 @@ impl<T: Default> SourceFile<T> {
         if seen.is_some_and(|seen| !seen.young && seen.identity == Identity::of(&metadata)) {
             return Ok(None);
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
-            .open(&self.path)?;
-        // Taken before reading: a writer who comes in between leaves a later time behind.
-        let metadata = file.metadata()?;
-        self.check(&metadata)?;
-        let young = is_young(&metadata);
-        let mut bytes = Vec::new();
-        file.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > MAX_SIZE {
-            return Err(ReadError::TooLarge);
+        let Reading { identity, bytes } = match self.owners {
+            Owners::Any => inquiry.read(&self.path)?,
+            Owners::RootOrSelf => read_checked(&self.path, believed_owner)?,
+        };
+        let is_shorter = seen.is_some_and(|seen| (bytes.len() as u64) < seen.identity.size);
+        // Emptied is a thing that one can mean.
+        if is_shorter && bytes.last().is_some_and(|&last| last != b'\n') {
+            return Err(ReadError::CutOff);
         }
-        let seen = Seen { identity: Identity::of(&metadata), young, digest: digest(&bytes) };
+        let seen = Seen { young: identity.is_young(), identity, digest: digest(&bytes) };
         Ok(Some((seen, bytes)))
-    }
-
-    fn check(&self, metadata: &Metadata) -> Result<(), ReadError> {
-        if !metadata.is_file() {
-            return Err(ReadError::NotRegular);
-        }
-        if metadata.len() > MAX_SIZE {
-            return Err(ReadError::TooLarge);
-        }
-        if self.owners == Owners::RootOrSelf {
-            if metadata.uid() != 0 && metadata.uid() != geteuid().as_raw() {
-                return Err(ReadError::Owner(metadata.uid()));
-            }
-            if metadata.mode() & 0o022 != 0 {
-                return Err(ReadError::Writable(metadata.mode() & 0o7777));
-            }
-        }
-        Ok(())
     }
 
     fn publish(&self, bytes: &[u8]) {
@@ -304,7 +325,49 @@ impl<T: Default> SourceFile<T> {
     }
 }
 
+/// Reads a file whole.
+pub(crate) fn read(path: &Path) -> Result<Reading, ReadError> {
+    read_checked(path, |_| Ok(()))
+}
+
+fn read_checked(path: &Path, check: fn(&Metadata) -> Result<(), ReadError>) -> Result<Reading, ReadError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(path)?;
+    // Taken before reading: a writer who comes in between leaves a later time behind.
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(ReadError::NotRegular);
+    }
+    if metadata.len() > MAX_SIZE {
+        return Err(ReadError::TooLarge);
+    }
+    check(&metadata)?;
+    let mut bytes = Vec::new();
+    file.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_SIZE {
+        return Err(ReadError::TooLarge);
+    }
+    Ok(Reading { identity: Identity::of(&metadata), bytes })
+}
+
+fn believed_owner(metadata: &Metadata) -> Result<(), ReadError> {
+    if metadata.uid() != 0 && metadata.uid() != geteuid().as_raw() {
+        return Err(ReadError::Owner(metadata.uid()));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        return Err(ReadError::Writable(metadata.mode() & 0o7777));
+    }
+    Ok(())
+}
+
 impl Identity {
+    /// Whether it is another file, and what was last done to it is no writing.
+    fn was_renamed_over(&self, old: &Self) -> bool {
+        (self.device, self.inode) != (old.device, old.inode) && self.modified != self.changed
+    }
+
     fn of(metadata: &Metadata) -> Self {
         Self {
             device: metadata.dev(),
@@ -314,15 +377,16 @@ impl Identity {
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
-}
 
-/// A time far in the future (a wrong clock) is not young, or the file would be read every second for years.
-fn is_young(metadata: &Metadata) -> bool {
-    let Ok(modified) = metadata.modified() else {
-        return true;
-    };
-    let distance = SystemTime::now().duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
-    distance < TIME_GRANULARITY
+    /// A time far in the future (a wrong clock) is not young, or the file would be read every second for years.
+    fn is_young(&self) -> bool {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let modified = Duration::new(
+            u64::try_from(self.modified.0).unwrap_or(0),
+            u32::try_from(self.modified.1).unwrap_or(0),
+        );
+        now.abs_diff(modified) < TIME_GRANULARITY
+    }
 }
 
 /// Spares a second parsing, and a second log line per problem, when a young file is read again and is the same.
@@ -381,6 +445,12 @@ mod tests {
         nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     }
 
+    /// A change in place counts in the second look.
+    fn refresh_twice<T: Default>(source: &SourceFile<T>) {
+        source.refresh();
+        source.refresh();
+    }
+
     /// What is logged on this thread while `act` runs.
     fn logged(act: impl FnOnce()) -> String {
         #[derive(Clone, Default)]
@@ -413,9 +483,58 @@ mod tests {
         assert_eq!(*held, ["one"]);
         fs::write(&path, "one\ntwo\n").unwrap();
         assert_eq!(*source.current(), ["one"]);
-        source.refresh();
+        refresh_twice(&source);
         assert_eq!(*source.current(), ["one", "two"]);
         assert_eq!(*held, ["one"]);
+    }
+
+    #[test]
+    fn a_change_in_place_counts_when_a_second_look_finds_it_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, next) = (dir.path().join("source"), dir.path().join("next"));
+        fs::write(&path, "one\ntwo\n").unwrap();
+        let source = SourceFile::open(&path, lines);
+        for text in ["", "zero\n", "zero\none\n", "zero\none\ntwo\n"] {
+            fs::write(&path, text).unwrap();
+            source.refresh();
+            assert_eq!(*source.current(), ["one", "two"]);
+        }
+        source.refresh();
+        assert_eq!(*source.current(), ["zero", "one", "two"]);
+        fs::write(&next, "three\n").unwrap();
+        set_age(&next, Duration::from_secs(1));
+        fs::rename(&next, &path).unwrap();
+        source.refresh();
+        assert_eq!(*source.current(), ["three"], "what was renamed is whole");
+        fs::write(&next, "three\nfour\n").unwrap();
+        fs::rename(&next, &path).unwrap();
+        fs::write(&path, "four\n").unwrap();
+        source.refresh();
+        assert_eq!(*source.current(), ["three"], "what was renamed and is being written is not");
+    }
+
+    #[test]
+    fn a_text_that_is_cut_off_never_takes_the_place_of_a_whole_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, next) = (dir.path().join("source"), dir.path().join("next"));
+        fs::write(&path, "one\ntwo\n").unwrap();
+        let source = SourceFile::open(&path, lines);
+        let log = logged(|| {
+            fs::write(&path, "one\ntw").unwrap();
+            refresh_twice(&source);
+            fs::write(&next, "one\ntw").unwrap();
+            fs::rename(&next, &path).unwrap();
+            refresh_twice(&source);
+        });
+        assert_eq!(*source.current(), ["one", "two"]);
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains("cut off: shorter than before") && log.contains("stays in use"), "{log}");
+        fs::write(&path, "one\nthree").unwrap();
+        refresh_twice(&source);
+        assert_eq!(*source.current(), ["one", "three"], "some write no newline at the end");
+        fs::write(&path, "").unwrap();
+        refresh_twice(&source);
+        assert!(source.current().is_empty());
     }
 
     #[test]
@@ -440,11 +559,11 @@ mod tests {
         fs::write(&path, "one\n").unwrap();
         let source = SourceFile::open(&path, lines);
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_some());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_some());
         set_age(&path, TIME_GRANULARITY + Duration::from_secs(1));
         source.refresh();
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_none());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_none());
     }
 
     #[test]
@@ -456,7 +575,7 @@ mod tests {
         file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
         let source = SourceFile::open(&path, lines);
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_none());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_none());
     }
 
     #[test]
@@ -474,7 +593,7 @@ mod tests {
         source.refresh();
         assert_eq!(PARSED.load(Ordering::Relaxed), 1);
         fs::write(&path, "two\n").unwrap();
-        source.refresh();
+        refresh_twice(&source);
         assert_eq!(PARSED.load(Ordering::Relaxed), 2);
     }
 
@@ -489,7 +608,7 @@ mod tests {
         assert!(source.available());
         assert_eq!(*source.current(), ["one"]);
         fs::write(&path, "two\n").unwrap();
-        source.refresh();
+        refresh_twice(&source);
         assert_eq!(*source.current(), ["two"]);
     }
 

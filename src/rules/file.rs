@@ -8,6 +8,7 @@ use toml::Spanned;
 use toml::value::Datetime;
 
 use super::{Action, Mixed, RulesError};
+use crate::spelling;
 
 /// A rules file.
 #[derive(Deserialize)]
@@ -41,7 +42,7 @@ impl File {
     pub(super) fn read(text: &str) -> Result<Self, RulesError> {
         toml::from_str(text).map_err(|e| {
             let start = e.span().map_or(0, |span| span.start);
-            RulesError::at(text, start, e.message())
+            RulesError::at(text, start, spelling::corrected(e.message(), |_| None))
         })
     }
 }

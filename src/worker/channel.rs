@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     io,
+    net::IpAddr,
     os::fd::{AsRawFd, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
@@ -21,22 +22,32 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch},
     time::timeout,
 };
-use tracing::error;
+use tracing::{debug, error, warn};
 
 use crate::{
     monitor::{
-        self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report,
-        Request, Variable,
+        self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Question, Refusal,
+        Report, Request, Variable,
     },
+    resolver::source::{MAX_SIZE, Reading},
+    shares::Shares,
     sys,
-    user::User,
+    user::{User, UserName},
 };
 
 /// Inspections under way at a time; the monitor allows 32 jobs that only touch files.
 const MAX_INSPECTIONS: usize = 16;
 
-/// Entries for users' logs being written at a time. Together with [`MAX_INSPECTIONS`] no more than the monitor allows.
+/// Entries for users' logs being written at a time.
 const MAX_LOG_ENTRIES: usize = 8;
+
+/// Questions to the system under way at a time. Together with [`MAX_INSPECTIONS`] and [`MAX_LOG_ENTRIES`] no more than
+/// the monitor allows, so that filters keep their places.
+const MAX_QUESTIONS: usize = 8;
+
+/// How long a question to the system may take, the wait for its turn included: a user database that hangs must not hold
+/// up the answer to the MTA for longer than that.
+const QUESTION_TIME_LIMIT: Duration = Duration::from_secs(15);
 
 /// How long the worker waits for an inspection, or an entry. The monitor ends the child after 10 s, unless the kernel
 /// holds it.
@@ -52,8 +63,8 @@ pub(super) const MAX_OUTPUT: usize = 32 * 1024;
 /// Bytes kept of a filter's standard error.
 pub(super) const MAX_ERROR_OUTPUT: usize = 16 * 1024;
 
-/// Bytes kept of a report that is no inspection.
-const MAX_REFUSAL: usize = 8 * 1024;
+/// Longest answer to a question, without a file's text.
+const MAX_REPORT_LENGTH: usize = 64 * 1024;
 
 /// How the drain is to go, once the monitor has asked for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,18 +79,41 @@ pub struct Monitor {
     socket: AsyncFd<OwnedFd>,
     waiting: Mutex<HashMap<JobId, Waiting>>,
     next_job: AtomicU32,
-    inspections: Arc<Semaphore>,
-    log_entries: Arc<Semaphore>,
+    inspections: Limit,
+    log_entries: Limit,
+    questions: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
 }
 
-/// Who waits for a job, and the permit that an inspection takes until the monitor has reaped it, even if nobody waits
+/// Jobs that only touch files, under way at a time: one for each user, since a home that hangs must not keep others
+/// waiting, and not too many in all.
+#[derive(Debug)]
+struct Limit {
+    all: Arc<Semaphore>,
+    shares: Shares,
+}
+
+impl Limit {
+    fn new(all: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(all)), shares: Shares::new(1) }
+    }
+
+    /// The user's own permit first: whoever waits for it must not hold one of everybody's.
+    async fn take(&self, user: &User) -> Permits {
+        let own = self.shares.take(&user.name).await;
+        [own, Arc::clone(&self.all).acquire_owned().await.ok()]
+    }
+}
+
+type Permits = [Option<OwnedSemaphorePermit>; 2];
+
+/// Who waits for a job, and the permits that one for files takes until the monitor has reaped it, even if nobody waits
 /// any more: a worker that starts more than it may is ended. A filter is waited for to its end.
 #[derive(Debug)]
 struct Waiting {
     sender: oneshot::Sender<Ended>,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permits: Permits,
 }
 
 /// How a job ended.
@@ -106,6 +140,16 @@ pub enum InspectError {
     /// The system refuses something basic.
     #[error("cannot ask the monitor")]
     System(#[from] io::Error),
+}
+
+/// A report that is no answer.
+impl From<Report> for InspectError {
+    fn from(report: Report) -> Self {
+        match report {
+            Report::Refusal(refusal) => refusal.into(),
+            _ => Self::NoAnswer,
+        }
+    }
 }
 
 impl From<Refusal> for InspectError {
@@ -166,8 +210,9 @@ impl Monitor {
             socket: sys::watch(socket)?,
             waiting: Mutex::default(),
             next_job: AtomicU32::new(0),
-            inspections: Arc::new(Semaphore::new(MAX_INSPECTIONS)),
-            log_entries: Arc::new(Semaphore::new(MAX_LOG_ENTRIES)),
+            inspections: Limit::new(MAX_INSPECTIONS),
+            log_entries: Limit::new(MAX_LOG_ENTRIES),
+            questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
         })
@@ -199,10 +244,10 @@ impl Monitor {
     /// [`InspectError`]
     pub async fn inspect(&self, user: &User) -> Result<Inspection, InspectError> {
         let request = |job| Request::Inspect { job, user: user.clone() };
-        let bytes = self.ask_about_files(&self.inspections, request).await?;
+        let bytes = self.ask_about_files(&self.inspections, user, request).await?;
         match monitor::decode(&bytes) {
             Ok(Report::Inspection(inspection)) => Ok(inspection),
-            Ok(Report::Refusal(refusal)) => Err(refusal.into()),
+            Ok(other) => Err(other.into()),
             Err(_) => Err(InspectError::NoAnswer),
         }
     }
@@ -213,8 +258,8 @@ impl Monitor {
     ///
     /// [`InspectError`]
     pub async fn append_to_log(&self, user: &User, text: String) -> Result<(), InspectError> {
-        let request = |job| Request::Log { job, user: user.clone(), text };
-        let bytes = self.ask_about_files(&self.log_entries, request).await?;
+        let request = |job| Request::Log { job, user: user.clone(), text: &text };
+        let bytes = self.ask_about_files(&self.log_entries, user, request).await?;
         match &bytes[..] {
             [] => Ok(()),
             bytes => match monitor::decode(bytes) {
@@ -224,19 +269,84 @@ impl Monitor {
         }
     }
 
+    /// The uid of a user of the host; `None`: there is no such user.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn uid(&self, name: UserName) -> Result<Option<u32>, InspectError> {
+        match self.ask(Question::Uid(name)).await? {
+            (Report::Uid(uid), _) => Ok(uid),
+            (other, _) => Err(other.into()),
+        }
+    }
+
+    /// Where a directory server is.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn addresses(&self, host: Question) -> Result<Vec<IpAddr>, InspectError> {
+        match self.ask(host).await? {
+            (Report::Addresses(addresses), _) => Ok(addresses),
+            (other, _) => Err(other.into()),
+        }
+    }
+
+    /// Reads a file of the configuration, named by its number.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn read(&self, number: usize) -> Result<Reading, InspectError> {
+        match self.ask(Question::File(number)).await? {
+            (Report::File(identity), bytes) => Ok(Reading { identity, bytes }),
+            (other, _) => Err(other.into()),
+        }
+    }
+
+    async fn ask(&self, question: Question) -> Result<(Report, Vec<u8>), InspectError> {
+        debug!(?question, "asking the system");
+        let limit = match question {
+            Question::File(_) => MAX_REPORT_LENGTH + MAX_SIZE as usize,
+            Question::Uid(_) | Question::Host { .. } => MAX_REPORT_LENGTH,
+        };
+        let answer = async {
+            let permit = Arc::clone(&self.questions).acquire_owned().await.ok();
+            self.ask_child([None, permit], limit, |job| Request::Ask { job, question }).await
+        };
+        let mut bytes = timeout(QUESTION_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
+        let (report, rest) = monitor::decode_first(&bytes).map_err(|_| InspectError::NoAnswer)?;
+        let head = bytes.len() - rest.len();
+        bytes.drain(..head);
+        Ok((report, bytes))
+    }
+
     /// Has a job done that only touches a few files of a user's, and returns its report.
-    async fn ask_about_files(
+    async fn ask_about_files<'a>(
         &self,
-        limit: &Arc<Semaphore>,
-        request: impl FnOnce(JobId) -> Request,
+        limit: &Limit,
+        user: &User,
+        request: impl FnOnce(JobId) -> Request<'a>,
     ) -> Result<Vec<u8>, InspectError> {
-        let permit = Arc::clone(limit).acquire_owned().await.map_err(io::Error::other)?;
+        let permits = timeout(FILES_TIME_LIMIT, limit.take(user)).await;
+        let permits = permits.map_err(|_| InspectError::NoAnswer)?;
+        self.ask_child(permits, MAX_REPORT, request).await
+    }
+
+    /// Has a job done by a child that only reports, and returns the report.
+    async fn ask_child<'a>(
+        &self,
+        permits: Permits,
+        max_report: usize,
+        request: impl FnOnce(JobId) -> Request<'a>,
+    ) -> Result<Vec<u8>, InspectError> {
         let (report, theirs) = report_pipe()?;
-        let (job, ended) = self.new_job(Some(permit));
+        let (job, ended) = self.new_job(permits);
         self.send(job, &request(job), &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
-        let mut report = pipe::Receiver::from_owned_fd(report)?.take(MAX_REPORT as u64);
+        let mut report = pipe::Receiver::from_owned_fd(report)?.take(max_report as u64);
         let answer = async {
             report.read_to_end(&mut bytes).await?;
             // The child's slot is free only when the monitor has reaped it.
@@ -252,17 +362,18 @@ impl Monitor {
     ///
     /// If the monitor can't be asked.
     pub async fn run(&self, request: RunRequest) -> io::Result<Finished> {
-        let (mut refusal, their_report) = Capture::new(MAX_REFUSAL)?;
         let (mut output, their_output) = Capture::new(MAX_OUTPUT)?;
         let (mut error_output, their_error_output) = Capture::new(MAX_ERROR_OUTPUT)?;
         let RunRequest { user, phase, extension, variables, time_limit, message } = request;
-        let (job, mut ended) = self.new_job(None);
+        let (job, mut ended) = self.new_job(Permits::default());
         let time_limit = u64::try_from(time_limit.as_millis()).unwrap_or(u64::MAX);
+        let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
+        let extension = extension.as_deref();
         let packet = Request::Run { job, user, phase, extension, variables, time_limit };
         let mut descriptors: Vec<&OwnedFd> = message.iter().collect();
-        descriptors.extend([&their_output, &their_error_output, &their_report]);
+        descriptors.extend([&their_output, &their_error_output]);
         self.send(job, &packet, &descriptors).await?;
-        drop((message, their_output, their_error_output, their_report));
+        drop((message, their_output, their_error_output));
 
         let ended = match timeout(FIRST_LOOK, &mut ended).await {
             Ok(ended) => ended,
@@ -278,23 +389,22 @@ impl Monitor {
             }
         };
         let ended = ended.map_err(io::Error::other)?;
-        for capture in [&mut output, &mut error_output, &mut refusal] {
-            capture.fill_now();
-        }
-        let refusal = match &refusal.bytes[..] {
-            [] => None,
-            bytes => match monitor::decode(bytes) {
+        output.fill_now();
+        error_output.fill_now();
+        let refusal = match ended.end {
+            End::NotRun => match monitor::decode(&std::mem::take(&mut output.bytes)) {
                 Ok(Report::Refusal(refusal)) => Some(refusal),
                 _ => Some(Refusal::Check("unreadable report".into())),
             },
+            _ => None,
         };
         Ok(Finished { ended, output: output.bytes, error_output: error_output.bytes, refusal })
     }
 
-    fn new_job(&self, permit: Option<OwnedSemaphorePermit>) -> (JobId, oneshot::Receiver<Ended>) {
+    fn new_job(&self, permits: Permits) -> (JobId, oneshot::Receiver<Ended>) {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
-        self.waiting().insert(id, Waiting { sender, _permit: permit });
+        self.waiting().insert(id, Waiting { sender, _permits: permits });
         (id, receiver)
     }
 
@@ -303,7 +413,7 @@ impl Monitor {
     }
 
     /// Sends a request for a job, of which nothing will be heard if that fails.
-    async fn send(&self, job: JobId, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send(&self, job: JobId, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let sent = self.send_packet(request, descriptors).await;
         if sent.is_err() {
             self.waiting().remove(&job);
@@ -311,7 +421,7 @@ impl Monitor {
         sent
     }
 
-    async fn send_packet(&self, request: &Request, descriptors: &[&OwnedFd]) -> io::Result<()> {
+    async fn send_packet(&self, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
         let packet = monitor::encode(request).map_err(io::Error::other)?;
         if packet.len() > MAX_PACKET {
             return Err(io::Error::other("request is too long for the monitor"));
@@ -348,6 +458,12 @@ impl Monitor {
                 Ok(Event::Finished { job, end, elapsed }) => {
                     if let Some(waiting) = self.waiting().remove(&job) {
                         let _ = waiting.sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
+                    }
+                }
+                // By a task of the runtime: who answers here can answer others.
+                Ok(Event::Ping) => {
+                    if let Err(error) = self.send_packet(&Request::Alive, &[]).await {
+                        warn!("the monitor can't be answered: {error}");
                     }
                 }
                 Ok(Event::Drain { connections }) => {

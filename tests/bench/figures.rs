@@ -152,6 +152,13 @@ const FIGURES: &[Figure] = &[
         measure: filter::ten,
     },
     Figure {
+        name: "filter-p99",
+        what: "wait for the answer to the end of a message of 4 KiB, one filter (true), half of what can be done at most",
+        floor: "fork, set ids, exec, wait, with half of what can be done at most",
+        bar: 1.5,
+        measure: filter::latency,
+    },
+    Figure {
         name: "ldap-cached",
         what: "policy requests/s, LDAP user in the cache, 8 connections",
         floor: "a second usermilter with a passwd-file",

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::floors::Floor;
 use crate::load::Side;
 use crate::milter::{self, End, Message};
-use crate::report::Outcome;
+use crate::report::{Outcome, Waits};
 use crate::site::{FILTERED, READERS, Site};
 use crate::{Plan, load};
 
@@ -51,6 +51,33 @@ pub(crate) fn ten(_: &Site, plan: Plan) -> Outcome {
     );
     site.expect_log("reader9=reject (message: exit 0,");
     Outcome::Measured(pairs)
+}
+
+/// How long a filter that ends at once keeps the MTA waiting, with half as many messages as either side can take.
+///
+/// Messages come when they come, whether or not those before have been answered: clients that wait for each other would
+/// leave the daemon in peace whenever it is slow.
+pub(crate) fn latency(_: &Site, plan: Plan) -> Outcome {
+    let site = Site::start_with("max-processes-per-user = 64");
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let message = Message::new(&[FILTERED], 4096);
+    let account = site.users.account(FILTERED);
+    let (ids, filter) = ((account.uid, account.gid), site.message_filter(FILTERED));
+    let rounds = (0..plan.rounds).map(|_| {
+        let capacity = milter::rate(&site.milter, &message, 4, plan, End::Accepted);
+        let ours = milter::waits(
+            &site.milter,
+            &message,
+            &load::arrivals(capacity / 2.0, plan.duration),
+            End::Accepted,
+        );
+        let capacity = runs(&site, plan, cores, FILTERED, "/dev/null".as_ref());
+        let floor = Floor::spawn_now_and_then(plan.duration, capacity / 2.0, ids, &filter);
+        Waits { ours, floor }
+    });
+    let rounds = rounds.collect();
+    site.expect_log("filtered=accept (message: exit 0,");
+    Outcome::Waited(rounds)
 }
 
 /// Runs per second of a user's filter with nothing around it.

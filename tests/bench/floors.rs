@@ -14,6 +14,7 @@ use tokio::net::TcpListener;
 
 use crate::common::process::Server;
 use crate::common::{PATIENCE, Sandbox, free_port, wait_until};
+use crate::load;
 use crate::spawn::{self, Program};
 
 /// A floor, as arguments of this program.
@@ -23,6 +24,8 @@ pub(crate) enum Floor {
     Echo { port: u16 },
     /// A milter that is told everything, answers only what must be answered, and keeps nothing.
     Milter { port: u16 },
+    /// Runs a program now and then, and prints how many microseconds each run took.
+    Arrivals { seconds: f64, per_second: f64, uid: u32, gid: u32, program: PathBuf },
     /// Runs a program again and again, and prints how many times a second.
     Spawn {
         seconds: f64,
@@ -94,11 +97,36 @@ impl Floor {
         })
     }
 
+    /// Runs a program at times that do not depend on how long it takes, as a user; how long each run takes from the
+    /// time when it was due.
+    pub(crate) fn spawn_now_and_then(
+        duration: Duration,
+        per_second: f64,
+        (uid, gid): (u32, u32),
+        program: &Path,
+    ) -> Vec<Duration> {
+        let numbers =
+            [duration.as_secs_f64().to_string(), per_second.to_string(), uid.to_string(), gid.to_string()];
+        let output = this_program("arrivals").args(numbers).arg(program).output().expect("run a floor");
+        let (text, errors) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "no figures from the floor: {errors}");
+        text.lines().map(|micros| Duration::from_micros(micros.parse().expect("a number"))).collect()
+    }
+
     /// In the floor's own process.
     pub(crate) fn run(self) {
         match self {
             Self::Echo { port } => runtime().block_on(echo(port)),
             Self::Milter { port } => runtime().block_on(milter(port)),
+            Self::Arrivals { seconds, per_second, uid, gid, program } => {
+                let path = CString::new(program.into_os_string().into_vec()).unwrap();
+                let program = Program { path, input: c"/dev/null".into(), uid, gid };
+                let times = load::arrivals(per_second, Duration::from_secs_f64(seconds));
+                for latency in spawn::at_times(&program, &times) {
+                    println!("{}", latency.as_micros());
+                }
+            }
             Self::Spawn { seconds, at_a_time, uid, gid, program, input } => {
                 let c_string = |path: PathBuf| CString::new(path.into_os_string().into_vec()).unwrap();
                 let program = Program { path: c_string(program), input: c_string(input), uid, gid };

@@ -1,8 +1,9 @@
 //! Clients, as many as asked for, each with a thread and a connection of its own and one question at a time.
 
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Barrier, Mutex};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::Plan;
 use crate::report::{Measured, Pair};
@@ -32,6 +33,53 @@ pub(crate) fn per_second<C>(
         let clients: Vec<_> = (0..clients).map(|_| scope.spawn(client)).collect();
         clients.into_iter().map(|client| client.join().expect("a client that got its answers")).sum()
     })
+}
+
+/// When questions come that do not wait for each other's answers: so many a second in the mean, independently of each
+/// other (a Poisson process), the same each time.
+pub(crate) fn arrivals(per_second: f64, duration: Duration) -> Vec<Duration> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut at = 0.0;
+    let gaps = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // In (0, 1], of the upper 53 bits.
+        let uniform = ((state >> 11) + 1) as f64 / (1_u64 << 53) as f64;
+        -uniform.ln() / per_second
+    });
+    let times = gaps.map(|gap| {
+        at += gap;
+        Duration::from_secs_f64(at)
+    });
+    times.take_while(|at| *at < duration).collect()
+}
+
+/// Asks at these times, each on whichever connection is free, and gives what `ask` measured.
+pub(crate) fn at_times<C>(
+    clients: usize,
+    times: &[Duration],
+    connect: impl Fn() -> C + Sync,
+    ask: impl Fn(&mut C) -> Duration + Sync,
+) -> Vec<Duration> {
+    let ready = Barrier::new(clients);
+    let (next, measured) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..clients {
+            scope.spawn(|| {
+                let mut connection = connect();
+                ask(&mut connection);
+                ready.wait();
+                let start = Instant::now();
+                while let Some(time) = times.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    thread::sleep(time.saturating_sub(start.elapsed()));
+                    let latency = ask(&mut connection);
+                    measured.lock().unwrap().push(latency);
+                }
+            });
+        }
+    });
+    measured.into_inner().unwrap()
 }
 
 /// One side of a figure: what gives its rate, and the processes that serve it.

@@ -2,6 +2,7 @@
 //! agreed on, everything up to the next wait in one write, no more of a message after it was accepted.
 
 use std::io::{Read, Write};
+use std::time::{Duration, Instant};
 
 use crate::common::Sandbox;
 use crate::common::milter::{ALL_ACTIONS, Frame, protocol};
@@ -51,6 +52,18 @@ pub(crate) fn rate(address: &str, message: &Message, connections: usize, plan: P
             assert!(end.is(answer), "the milter said {:?} of the message", char::from(answer));
         },
     )
+}
+
+/// How long each of the messages that are sent at these times has to wait for the answer to its end.
+pub(crate) fn waits(address: &str, message: &Message, times: &[Duration], end: End) -> Vec<Duration> {
+    /// More than are ever under way.
+    const CONNECTIONS: usize = 32;
+    let ask = |session: &mut Session| {
+        let (answer, wait) = session.send_timed();
+        assert!(end.is(answer), "the milter said {:?} of the message", char::from(answer));
+        wait
+    };
+    load::at_times(CONNECTIONS, times, || Session::open(address, message), ask)
 }
 
 /// What is expected of a message.
@@ -175,9 +188,15 @@ impl Session {
 
     /// Sends the message, as far as the milter wants it; the answer that decided.
     pub(crate) fn send(&mut self) -> u8 {
-        let mut answer = b'c';
+        self.send_timed().0
+    }
+
+    /// And how long that answer took.
+    pub(crate) fn send_timed(&mut self) -> (u8, Duration) {
+        let (mut answer, mut asked) = (b'c', Instant::now());
         for (bytes, command) in &self.steps {
             let skipped = if std::mem::take(&mut self.is_first) { ABORT_LENGTH } else { 0 };
+            asked = Instant::now();
             self.stream.write_all(&bytes[skipped..]).unwrap();
             answer = read_answer(&mut self.stream);
             if answer != b'c' {
@@ -185,7 +204,7 @@ impl Session {
                 break;
             }
         }
-        answer
+        (answer, asked.elapsed())
     }
 }
 

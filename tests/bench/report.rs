@@ -1,6 +1,7 @@
 //! What is printed: for people, and to be pasted into docs/performance.md.
 
 use std::fs;
+use std::time::Duration;
 
 use crate::{Figure, Plan};
 
@@ -21,9 +22,16 @@ pub(crate) struct Measured {
     pub(crate) processor_time: f64,
 }
 
+/// One round of a figure that is no rate: how long each had to wait.
+pub(crate) struct Waits {
+    pub(crate) ours: Vec<Duration>,
+    pub(crate) floor: Vec<Duration>,
+}
+
 /// What came of a figure.
 pub(crate) enum Outcome {
     Measured(Vec<Pair>),
+    Waited(Vec<Waits>),
     /// Why not, and what to do about it.
     Skipped(String),
 }
@@ -58,6 +66,7 @@ pub(crate) fn table(rows: &[Row], plan: Plan) {
     for Row { figure, outcome } in rows {
         let Figure { name, bar, .. } = figure;
         match outcome {
+            Outcome::Waited(_) => (),
             Outcome::Skipped(why) => println!("| {name} | | | skipped: {why} | | | | {bar} | |"),
             Outcome::Measured(pairs) => {
                 let sorted = |value: fn(&Pair) -> f64| sorted(pairs.iter().map(value));
@@ -85,10 +94,53 @@ pub(crate) fn table(rows: &[Row], plan: Plan) {
     println!(
         "client included; its ratio (floor to ours) is what the first would be if nothing ever waited.\n"
     );
+    waits(rows);
     for Row { figure, .. } in rows {
         println!("* {}: {}; against: {}", figure.name, figure.what, figure.floor);
     }
     println!();
+}
+
+/// The table of figures whose bar is the most that they may be.
+fn waits(rows: &[Row]) {
+    let waited = rows.iter().filter_map(|row| match &row.outcome {
+        Outcome::Waited(rounds) => Some((row.figure, rounds)),
+        _ => None,
+    });
+    for (n, (figure, rounds)) in waited.enumerate() {
+        if n == 0 {
+            println!(
+                "| figure | ours p50 | ours p99 | floor p50 | floor p99 | ratio of p99 (min–max) | bar | |"
+            );
+            println!("|---|---:|---:|---:|---:|---|---:|---|");
+        }
+        let column = |side: fn(&Waits) -> &[Duration], part: f64| {
+            sorted(rounds.iter().map(|round| percentile(side(round), part)))
+        };
+        let ratios =
+            sorted(rounds.iter().map(|round| percentile(&round.ours, 0.99) / percentile(&round.floor, 0.99)));
+        let ratio = median(&ratios);
+        println!(
+            "| {} | {} | {} | {} | {} | {ratio:.2} ({:.2}–{:.2}) | {} | {} |",
+            figure.name,
+            microseconds(median(&column(|round| &round.ours, 0.5))),
+            microseconds(median(&column(|round| &round.ours, 0.99))),
+            microseconds(median(&column(|round| &round.floor, 0.5))),
+            microseconds(median(&column(|round| &round.floor, 0.99))),
+            ratios[0],
+            ratios[ratios.len() - 1],
+            figure.bar,
+            if ratio > figure.bar { "**above the bar**" } else { "" },
+        );
+    }
+    println!();
+}
+
+/// In seconds.
+fn percentile(durations: &[Duration], part: f64) -> f64 {
+    let sorted = sorted(durations.iter().map(Duration::as_secs_f64));
+    let at = (part * sorted.len() as f64) as usize;
+    sorted.get(at.min(sorted.len().saturating_sub(1))).copied().unwrap_or(f64::NAN)
 }
 
 fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {

@@ -1,15 +1,22 @@
 //! The floor of every filter: fork, become the user, exec, wait, with nothing around it. The only unsafe code here.
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::ffi::{CStr, CString};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{OFlag, open};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
-use nix::sys::wait::wait;
+use nix::sys::time::TimeSpec;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, wait, waitpid};
 use nix::unistd::{
-    ForkResult, Gid, Uid, dup2_stdin, dup2_stdout, execve, fork, geteuid, setgroups, setresgid, setresuid,
+    ForkResult, Gid, Pid, Uid, dup2_stdin, dup2_stdout, execve, fork, geteuid, setgroups, setresgid,
+    setresuid,
 };
 
 /// What is run, and as whom.
@@ -27,22 +34,54 @@ pub(crate) fn per_second(program: &Program, at_a_time: usize, duration: Duration
     let (mut running, mut ended) = (0, 0_u32);
     while running > 0 || started.elapsed() < duration {
         while running < at_a_time && started.elapsed() < duration {
-            // SAFETY: this process has one thread, so the child may do what the parent may.
-            match unsafe { fork() }.expect("fork") {
-                ForkResult::Parent { .. } => running += 1,
-                ForkResult::Child => {
-                    let Err(errno) = become_program(program);
-                    eprintln!("{}: {errno}", program.path.to_string_lossy());
-                    // SAFETY: _exit(2) has no preconditions.
-                    unsafe { nix::libc::_exit(1) };
-                }
-            }
+            start(program);
+            running += 1;
         }
         let status = wait().expect("wait");
         assert!(matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)), "{status:?}");
         (running, ended) = (running - 1, ended + 1);
     }
     f64::from(ended) / started.elapsed().as_secs_f64()
+}
+
+/// Runs it at these times, whether or not those before have ended, from a process that must have one thread; from when
+/// it was due to when its end is known.
+pub(crate) fn at_times(program: &Program, times: &[Duration]) -> Vec<Duration> {
+    let mut ends = SigSet::empty();
+    ends.add(Signal::SIGCHLD);
+    ends.thread_block().expect("sigprocmask");
+    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    let signals = SignalFd::with_flags(&ends, flags).expect("signalfd");
+    let began = Instant::now();
+    let mut due = times.iter().copied().peekable();
+    let mut running: HashMap<Pid, Duration> = HashMap::new();
+    let mut latencies = Vec::new();
+    while due.peek().is_some() || !running.is_empty() {
+        while let Some(time) = due.next_if(|time| *time <= began.elapsed()) {
+            running.insert(start(program), time);
+        }
+        let left = due.peek().map(|time| TimeSpec::from(time.saturating_sub(began.elapsed())));
+        ppoll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], left, None).expect("ppoll");
+        while signals.read_signal().expect("signalfd").is_some() {}
+        while let Ok(WaitStatus::Exited(pid, 0)) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            let time = running.remove(&pid).expect("a child of ours");
+            latencies.push(began.elapsed().saturating_sub(time));
+        }
+    }
+    latencies
+}
+
+fn start(program: &Program) -> Pid {
+    // SAFETY: this process has one thread, so the child may do what the parent may.
+    match unsafe { fork() }.expect("fork") {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            let Err(errno) = become_program(program);
+            eprintln!("{}: {errno}", program.path.to_string_lossy());
+            // SAFETY: _exit(2) has no preconditions.
+            unsafe { nix::libc::_exit(1) }
+        }
+    }
 }
 
 fn become_program(program: &Program) -> nix::Result<Infallible> {

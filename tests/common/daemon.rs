@@ -5,10 +5,11 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
 
 use super::process::Server;
@@ -34,24 +35,30 @@ impl Usermilter {
     /// Starts it as the invoking user and waits until it logs that it is ready.
     #[track_caller]
     pub fn start(config: &str) -> Self {
-        Self::launch(config, None, &[]).unwrap_or_else(|failure| panic!("{failure}"))
+        Self::launch(config, None, &[], |_| ()).unwrap_or_else(|failure| panic!("{failure}"))
+    }
+
+    /// Starts it with something more in its environment, or other descriptors.
+    #[track_caller]
+    pub fn start_by(config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+        Self::launch(config, None, &[], prepare).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
     /// Starts it as the last arguments of another program, such as valgrind(1), and waits as long as that may take.
     #[track_caller]
     pub fn start_under(wrapper: &[String], config: &str) -> Self {
-        Self::launch(config, None, wrapper).unwrap_or_else(|failure| panic!("{failure}"))
+        Self::launch(config, None, wrapper, |_| ()).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
     /// Starts it as this user, without supplementary groups.
     #[track_caller]
     pub fn start_as(config: &str, uid: u32, gid: u32) -> Self {
-        Self::launch(config, Some((uid, gid)), &[]).unwrap_or_else(|failure| panic!("{failure}"))
+        Self::launch(config, Some((uid, gid)), &[], |_| ()).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
     /// Starts it; `Err` has its exit status and what it wrote if it does not become ready.
     pub fn try_start(config: &str) -> Result<Self, StartFailure> {
-        Self::launch(config, None, &[])
+        Self::launch(config, None, &[], |_| ())
     }
 
     /// The program: the one built with this test, or the one that `USERMILTER` names (an installed one, say).
@@ -60,7 +67,12 @@ impl Usermilter {
             .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_usermilter")), PathBuf::from)
     }
 
-    fn launch(config: &str, user: Option<(u32, u32)>, wrapper: &[String]) -> Result<Self, StartFailure> {
+    fn launch(
+        config: &str,
+        user: Option<(u32, u32)>,
+        wrapper: &[String],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<Self, StartFailure> {
         let sandbox = Sandbox::new();
         let config = sandbox.write("usermilter.toml", config);
         let mut program = Self::program();
@@ -79,6 +91,9 @@ impl Usermilter {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // Not what a test run inherits from systemd.
         command.env_remove("NOTIFY_SOCKET").env_remove("JOURNAL_STREAM").env_remove("LISTEN_FDS");
+        command.env_remove("LISTEN_PID").env_remove("LISTEN_FDNAMES");
+        command.env_remove("WATCHDOG_USEC").env_remove("WATCHDOG_PID");
+        prepare(&mut command);
         if let Some((uid, gid)) = user {
             // Being root, the standard library also clears the supplementary groups.
             command.uid(uid).gid(gid);
@@ -118,6 +133,21 @@ impl Usermilter {
             Some(line) => line,
             None => panic!("usermilter logged no {text:?} in {timeout:?}"),
         }
+    }
+
+    /// Leaves what is logged in the pipe, which is made as small as can be, from the next line on.
+    pub fn stop_reading_log(&self) {
+        self.log.set_reader(Reader::Stopped);
+    }
+
+    /// Ends [`Usermilter::stop_reading_log`].
+    pub fn go_on_reading_log(&self) {
+        self.log.set_reader(Reader::Reading);
+    }
+
+    /// Closes our end of the pipe after the next line.
+    pub fn close_log(&self) {
+        self.log.set_reader(Reader::Gone);
     }
 
     /// The configuration file, to be overwritten before [`Usermilter::reload`].
@@ -223,10 +253,20 @@ struct Log {
 struct LogState {
     lines: Vec<String>,
     closed: bool,
+    reader: Reader,
+}
+
+/// What becomes of the pipe.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Reader {
+    #[default]
+    Reading,
+    Stopped,
+    Gone,
 }
 
 impl Log {
-    fn collect(stream: impl std::io::Read + Send + 'static) -> Arc<Self> {
+    fn collect(stream: ChildStderr) -> Arc<Self> {
         let log = Arc::new(Log::default());
         let writer = Arc::clone(&log);
         std::thread::spawn(move || {
@@ -237,11 +277,25 @@ impl Log {
                 writer.state.lock().unwrap().lines.push(text);
                 writer.grown.notify_all();
                 line.clear();
+                let state = writer.state.lock().unwrap();
+                if state.reader == Reader::Stopped {
+                    // Refused while more than that is in it.
+                    let _ = fcntl(reader.get_ref(), FcntlArg::F_SETPIPE_SZ(4096));
+                }
+                let state = writer.grown.wait_while(state, |state| state.reader == Reader::Stopped).unwrap();
+                if state.reader == Reader::Gone {
+                    break;
+                }
             }
             writer.state.lock().unwrap().closed = true;
             writer.grown.notify_all();
         });
         log
+    }
+
+    fn set_reader(&self, reader: Reader) {
+        self.state.lock().unwrap().reader = reader;
+        self.grown.notify_all();
     }
 
     fn lines(&self) -> Vec<String> {

@@ -319,7 +319,8 @@ impl Client {
         self.negotiated.protocol & bits != 0
     }
 
-    fn is_unwanted(&self, command: u8) -> bool {
+    /// Whether the milter asked not to see such commands.
+    pub fn is_unwanted(&self, command: u8) -> bool {
         use protocol::*;
         match command {
             b'C' => self.has(NO_CONNECT),

@@ -41,6 +41,7 @@ pub struct Builder {
     virtual_users: String,
     options: String,
     tls: bool,
+    login: Option<[String; 2]>,
 }
 
 impl Sendmail {
@@ -136,6 +137,12 @@ impl Builder {
         self
     }
 
+    /// Offers AUTH PLAIN to a client of this name and password (Cyrus SASL, sasldb).
+    pub fn login(mut self, name: &str, password: &str) -> Self {
+        self.login = Some([name, password].map(str::to_owned));
+        self
+    }
+
     /// Starts it and waits until it greets.
     #[track_caller]
     pub fn start(self) -> Sendmail {
@@ -173,6 +180,9 @@ impl Builder {
         set_mode(&deliver, 0o755);
         if self.tls {
             make_certificate(sandbox);
+        }
+        if let Some([name, password]) = &self.login {
+            make_sasl(sandbox, name, password);
         }
         let source = sandbox.write("etc/sendmail.mc", self.render_mc(sandbox, port));
         let configuration = Command::new(require("m4"))
@@ -234,10 +244,15 @@ define(`confCACERT', `{directory}/etc/cert.pem')dnl
 define(`confCACERT_PATH', `{directory}/etc')dnl"
             );
         }
+        let mut local = String::from("Cw test.example\n");
+        if self.login.is_some() {
+            text += "define(`confAUTH_MECHANISMS', `PLAIN')dnl\nTRUST_AUTH_MECH(`PLAIN')dnl\n";
+            let _ = write!(local, "ESASL_PATH={directory}/sasl\nESASL_CONF_PATH={directory}/sasl\n");
+        }
         if let Some(address) = &self.milter {
             text += &project_mc(address);
         }
-        text + &self.options + "MAILER(`local')dnl\nMAILER(`smtp')dnl\nLOCAL_CONFIG\nCw test.example\n"
+        text + &self.options + "MAILER(`local')dnl\nMAILER(`smtp')dnl\nLOCAL_CONFIG\n" + &local
     }
 }
 
@@ -280,8 +295,12 @@ fn unpacked() -> &'static Path {
 
 fn program(name: &str) -> Command {
     let mut command = Command::new(unpacked().join("usr/libexec/sendmail").join(name));
-    command.env("LD_LIBRARY_PATH", super::libraries(unpacked()));
+    command.env("LD_LIBRARY_PATH", libraries());
     command
+}
+
+fn libraries() -> PathBuf {
+    super::libraries(unpacked())
 }
 
 fn sendmail_with_configuration(sandbox: &Sandbox) -> String {
@@ -294,10 +313,33 @@ fn in_namespaces(sandbox: &Sandbox, script: &str) -> Command {
     let mut command = Command::new(require("unshare"));
     let hosts = sandbox.join("etc/hosts");
     let enter = format!("hostname {HOST} && mount --bind {} /etc/hosts && {script}", hosts.display());
+    command.args(["--mount", "--uts", "sh", "-c", &enter]).env("LD_LIBRARY_PATH", libraries());
     command
-        .args(["--mount", "--uts", "sh", "-c", &enter])
-        .env("LD_LIBRARY_PATH", super::libraries(unpacked()));
-    command
+}
+
+/// What Cyrus SASL reads: the mechanism, its own database of passwords, and where that is. Copied, since Sendmail trusts
+/// nothing below a directory that others may write.
+fn make_sasl(sandbox: &Sandbox, name: &str, password: &str) {
+    let unpacked = super::unpacked("sasl", &["libsasl2-modules", "libsasl2-modules-db", "sasl2-bin"]);
+    let directory = sandbox.directory("sasl");
+    for plugin in ["libplain.so", "libsasldb.so"] {
+        fs::copy(super::libraries(&unpacked).join("sasl2").join(plugin), directory.join(plugin)).unwrap();
+    }
+    let database = directory.join("sasldb2");
+    sandbox.write(
+        "sasl/Sendmail.conf",
+        format!(
+            "pwcheck_method: auxprop\nauxprop_plugin: sasldb\nsasldb_path: {}\nmech_list: PLAIN\n",
+            database.display()
+        ),
+    );
+    let mut saslpasswd2 = Command::new(unpacked.join("usr/sbin/saslpasswd2"));
+    saslpasswd2.env("LD_LIBRARY_PATH", libraries()).env("SASL_PATH", &directory);
+    saslpasswd2.args(["-p", "-c", "-u", HOST, "-f"]).arg(&database).arg(name).stdin(Stdio::piped());
+    let mut saslpasswd2 = saslpasswd2.spawn().unwrap();
+    saslpasswd2.stdin.take().unwrap().write_all(password.as_bytes()).unwrap();
+    assert!(saslpasswd2.wait().unwrap().success());
+    set_mode(&database, 0o600);
 }
 
 fn make_certificate(sandbox: &Sandbox) {

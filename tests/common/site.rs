@@ -14,6 +14,7 @@ pub struct SiteBuilder {
     pub users: VirtualUsers,
     settings: BTreeMap<String, BTreeMap<String, String>>,
     resolvers: Option<String>,
+    environment: Vec<String>,
     milter: String,
     policy: String,
 }
@@ -43,8 +44,15 @@ impl Site {
             nix::unistd::chown(&spool, Some(nobody.uid), Some(nobody.gid)).unwrap();
         }
         let homes = users.homes().display().to_string();
-        let builder =
-            SiteBuilder { sandbox, users, settings: BTreeMap::new(), resolvers: None, milter, policy };
+        let builder = SiteBuilder {
+            sandbox,
+            users,
+            settings: BTreeMap::new(),
+            resolvers: None,
+            environment: Vec::new(),
+            milter,
+            policy,
+        };
         let (milter, policy) = (builder.milter.clone(), builder.policy.clone());
         builder
             .set("server", "user", r#""nobody""#)
@@ -126,6 +134,12 @@ impl SiteBuilder {
         self
     }
 
+    /// Adds to the daemon's environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push(format!("{name}={value}"));
+        self
+    }
+
     /// Another milter socket.
     pub fn milter_at(mut self, address: &str) -> Self {
         self.milter = address.to_owned();
@@ -163,7 +177,11 @@ impl SiteBuilder {
     /// Starts usermilter.
     #[track_caller]
     pub fn start(self) -> Site {
-        self.start_under(&[])
+        let wrapper = match &self.environment[..] {
+            [] => Vec::new(),
+            environment => [&["env".to_owned()], environment].concat(),
+        };
+        self.start_under(&wrapper)
     }
 
     /// Starts usermilter as [`Usermilter::start_under`] does.

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use common::smtp::{Client, Sent};
-use common::{PATIENCE, Postfix, Sandbox, Usermilter, VirtualUsers, free_port, sandbox, wait_until};
+use common::{PATIENCE, Postfix, Site, sandbox, wait_until};
 
 const CLIENT_ADDRESS: &str = "192.0.2.10";
 const CLIENT_NAME: &str = "mx.sender.example";
@@ -73,33 +73,28 @@ fn main() -> ExitCode {
 
 struct Demo {
     postfix: Postfix,
-    usermilter: Usermilter,
-    users: VirtualUsers,
-    sandbox: Sandbox,
+    site: Site,
     dialogues: usize,
     failures: usize,
 }
 
 impl Demo {
     fn start() -> Self {
-        let sandbox = Sandbox::new();
-        let users = VirtualUsers::new(&sandbox, &[("alice", 5001), ("bob", 5002), ("list", 5003)]);
-        users.filter("alice", "message", ALICE_FILTER);
-        users.filter("bob", "message", BOB_FILTER);
-        users.file("list", "rules.toml", LIST_RULES);
-        users.file("list", "members.txt", format!("# who may write to the list\n{MEMBER}\n"));
-
-        let (milter, policy) =
-            (format!("inet:127.0.0.1:{}", free_port()), format!("inet:127.0.0.1:{}", free_port()));
-        let usermilter = Usermilter::start(&configuration(&sandbox, &users, &milter, &policy));
+        let site = Site::of(&[("alice", 5001), ("bob", 5002), ("list", 5003)])
+            .filter("alice", "message", ALICE_FILTER)
+            .filter("bob", "message", BOB_FILTER);
+        site.users.file("list", "rules.toml", LIST_RULES);
+        site.users.file("list", "members.txt", format!("# who may write to the list\n{MEMBER}\n"));
+        let site = site.start();
+        let (milter, policy) = (site.milter_address(), site.policy_address());
         let postfix =
-            Postfix::builder().mailboxes(&["alice", "bob", "list"]).milter(&milter).policy(&policy).start();
+            Postfix::builder().mailboxes(&["alice", "bob", "list"]).milter(milter).policy(policy).start();
         println!("usermilter: milter {milter}, policy service {policy}");
         println!(
             "Postfix: 127.0.0.1:{}; XCLIENT makes it see {CLIENT_NAME}[{CLIENT_ADDRESS}]",
             postfix.port()
         );
-        Demo { postfix, usermilter, users, sandbox, dialogues: 0, failures: 0 }
+        Demo { postfix, site, dialogues: 0, failures: 0 }
     }
 
     fn accepted(&mut self) {
@@ -127,7 +122,7 @@ impl Demo {
 
     fn stranger_writes_to_the_list(&mut self) {
         self.title("A mail from a stranger to a list: refused at RCPT TO by the policy service");
-        let seen = self.usermilter.log_lines().len();
+        let seen = self.site.daemon.log_lines().len();
         let sent = self.dialogue(STRANGER, LIST, "Buy this").sent;
         self.show_log(seen, LIST);
         let reply = &sent.recipients[0];
@@ -160,7 +155,7 @@ impl Demo {
 
     /// A dialogue whose message is sent, with the log lines about its queue id.
     fn send(&mut self, sender: &str, recipients: &[&str], subject: &str) -> Dialogue {
-        let seen = self.usermilter.log_lines().len();
+        let seen = self.site.daemon.log_lines().len();
         let dialogue = self.dialogue_with(sender, recipients, subject);
         if dialogue.sent.data.is_some() {
             let queue_id = self.queue_id(&dialogue.message_id);
@@ -200,7 +195,7 @@ impl Demo {
     /// Prints what usermilter has logged about this since, and checks that there is something.
     fn show_log(&mut self, seen: usize, about: &str) {
         let lines = || -> Vec<String> {
-            let log = self.usermilter.log_lines();
+            let log = self.site.daemon.log_lines();
             log.into_iter().skip(seen).filter(|line| line.contains(about)).collect()
         };
         let logged = wait_until(Duration::from_secs(5), || !lines().is_empty());
@@ -230,9 +225,9 @@ impl Demo {
     fn stay(&self) -> ! {
         let port = self.postfix.port();
         println!("KEEP is set: this goes on running until Ctrl-C or SIGTERM to {}.", std::process::id());
-        println!("  configuration  {}", self.usermilter.config_path().display());
-        println!("  users' homes   {}", self.users.homes().display());
-        println!("  sandbox        {}", self.sandbox.path().display());
+        println!("  configuration  {}", self.site.daemon.config_path().display());
+        println!("  users' homes   {}", self.site.users.homes().display());
+        println!("  sandbox        {}", self.site.sandbox.path().display());
         println!(
             "  Postfix        {} (etc, maillog, mail/virtual/USER/new)",
             self.postfix.directory().display()
@@ -243,9 +238,9 @@ impl Demo {
         );
         println!("  telnet 127.0.0.1 {port}");
         println!("The directories stay; remove them when done. What usermilter logs from now on:\n");
-        let mut seen = self.usermilter.log_lines().len();
+        let mut seen = self.site.daemon.log_lines().len();
         loop {
-            for line in self.usermilter.log_lines().iter().skip(seen) {
+            for line in self.site.daemon.log_lines().iter().skip(seen) {
                 println!("log: {line}");
                 seen += 1;
             }
@@ -264,35 +259,4 @@ impl Dialogue {
     fn code(&self) -> u16 {
         self.sent.data.as_ref().map_or(0, |reply| reply.code)
     }
-}
-
-fn configuration(sandbox: &Sandbox, users: &VirtualUsers, milter: &str, policy: &str) -> String {
-    let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("user nobody");
-    // The worker writes there what is too large for memory.
-    let spool = sandbox.directory("spool");
-    nix::unistd::chown(&spool, Some(nobody.uid), Some(nobody.gid)).unwrap();
-    format!(
-        r#"
-[server]
-user = "nobody"
-milter = ["{milter}"]
-policy = ["{policy}"]
-
-[recipients]
-domains = ["test.example"]
-trusted-networks = []
-
-[[resolver]]
-type = "passwd-file"
-path = "{passwd_file}"
-
-[filter]
-virtual-uids = [5001, 5003]
-virtual-homes = ["{homes}"]
-spool-directory = "{spool}"
-"#,
-        passwd_file = users.passwd_file().display(),
-        homes = users.homes().display(),
-        spool = spool.display(),
-    )
 }

@@ -135,15 +135,15 @@ impl StandIn {
             "too-long" => self.send_bytes(&vec![0; MAX_PACKET + 1], &[]),
             "many-descriptors" => self.send(&inspect(1), &[read.as_raw_fd(); 253]),
             "five-descriptors" => self.send(&inspect(1), &[write.as_raw_fd(); 5]),
-            "few-descriptors" => self.send(&self.run(1, self.alice(), None), &[write.as_raw_fd(); 2]),
+            "few-descriptors" => self.send(&self.run(1, self.alice(), None), &[write.as_raw_fd()]),
             "ready-twice" => self.send(&Request::Ready, &[]),
             "bad-user-name" => {
                 let user = User { name: "../alice".into(), ..self.alice() };
-                self.send(&self.run(1, user, None), &[write.as_raw_fd(); 3]);
+                self.send(&self.run(1, user, None), &[write.as_raw_fd(); 2]);
             }
             "bad-program-name" => {
                 let user = User { program: Some("../../bin/sh".into()), ..self.alice() };
-                self.send(&self.run(1, user, None), &[write.as_raw_fd(); 3]);
+                self.send(&self.run(1, user, None), &[write.as_raw_fd(); 2]);
             }
             "empty" => self.send_bytes(&[], &[]),
             "close" => sys::close_in_child(&[self.channel.as_raw_fd()]),
@@ -221,16 +221,13 @@ impl StandIn {
         fs::remove_file(&path).unwrap();
         let mut told = String::new();
         let mut ask = |what: &str, stdin: Option<&OwnedFd>, [stdout, stderr]: [Option<&OwnedFd>; 2]| {
-            let (sink, sink_in) = pipe().unwrap();
-            let (report, report_in) = pipe().unwrap();
+            let (output, output_in) = pipe().unwrap();
             let stdin = stdin.map(AsRawFd::as_raw_fd);
-            let output = [stdout, stderr].map(|fd| fd.unwrap_or(&sink_in).as_raw_fd());
-            let descriptors: Vec<RawFd> =
-                stdin.into_iter().chain(output).chain([report_in.as_raw_fd()]).collect();
+            let outputs = [stdout, stderr].map(|fd| fd.unwrap_or(&output_in).as_raw_fd());
+            let descriptors: Vec<RawFd> = stdin.into_iter().chain(outputs).collect();
             self.send(&self.run(7, self.alice(), None), &descriptors);
-            drop((sink_in, report_in));
-            told += &format!("{what} => {}\n", self.end(7, report));
-            drop(sink);
+            drop(output_in);
+            told += &format!("{what} => {}\n", self.end(7, output));
         };
         for (what, stdin) in [
             ("named file", &named),
@@ -247,9 +244,7 @@ impl StandIn {
             ask(&format!("{what} as error output"), None, [None, Some(output)]);
         }
         // A report to a socket: nothing is said, and nothing done.
-        let (_read, write) = pipe().unwrap();
-        let descriptors = [write.as_raw_fd(), write.as_raw_fd(), socket.as_raw_fd()];
-        self.send(&self.run(8, self.alice(), None), &descriptors);
+        self.send(&Request::Inspect { job: 8, user: self.alice() }, &[socket.as_raw_fd()]);
         let (silent, _) = pipe().unwrap();
         told += &format!("socket as report => {}\n", self.end(8, silent));
         told += &format!("alice => {}\n", self.outcome(self.alice(), None));
@@ -270,7 +265,7 @@ impl StandIn {
         while failures < 300 {
             count += 1;
             let (packet, descriptors) = match count % 4 {
-                0 => (&wait, &[write.as_raw_fd(); 3][..]),
+                0 => (&wait, &[write.as_raw_fd(); 2][..]),
                 _ => (&inspect, &[write.as_raw_fd()][..]),
             };
             match sys::send_with_descriptors(&self.channel, packet, descriptors) {
@@ -286,12 +281,11 @@ impl StandIn {
 
     /// Sends a proper request and says what came of it.
     fn outcome(&self, user: User, extension: Option<&str>) -> String {
-        let (_sink, output) = pipe().unwrap();
-        let (report, theirs) = pipe().unwrap();
+        let (output, theirs) = pipe().unwrap();
         let request = self.run(9, user, extension);
-        self.send(&request, &[output.as_raw_fd(), output.as_raw_fd(), theirs.as_raw_fd()]);
-        drop((output, theirs));
-        self.end(9, report)
+        self.send(&request, &[theirs.as_raw_fd(), theirs.as_raw_fd()]);
+        drop(theirs);
+        self.end(9, output)
     }
 
     fn end(&self, job: JobId, report: OwnedFd) -> String {

@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::common::milter;
 use crate::common::policy::{self, Request};
 use crate::common::postfix::{Builder, fragment};
+use crate::common::site::SiteBuilder;
 use crate::common::smtp::{Client, Reply, Sent};
-use crate::common::{Postfix, Sandbox, Usermilter, VirtualUsers, free_port};
+use crate::common::{Postfix, Site, VirtualUsers};
 
 pub const CLIENT_ADDRESS: &str = "192.0.2.10";
 pub const CLIENT_NAME: &str = "mx.sender.example";
@@ -30,39 +31,22 @@ pub enum Interfaces {
 /// What to start; see [`Setting::of`].
 #[derive(Debug)]
 pub struct Setting {
-    pub sandbox: Sandbox,
-    pub users: VirtualUsers,
+    pub site: SiteBuilder,
     pub interfaces: Interfaces,
-    server: String,
-    recipients: String,
-    filter: String,
-    verdict: String,
-    log: String,
     mailboxes: Vec<String>,
     postfix: Builder,
-    sockets: [String; 2],
 }
 
 impl Setting {
     /// Users of these names. Each uid is used once: the kernel counts processes by uid, and what another test does to the
     /// limit (RLIMIT_NPROC) is not to be seen here.
     pub fn of(names: &[&str]) -> Self {
-        let sandbox = Sandbox::new();
         let users: Vec<(&str, u32)> = names.iter().map(|&name| (name, unused_uid())).collect();
-        let users = VirtualUsers::new(&sandbox, &users);
-        let sockets = [(); 2].map(|()| format!("inet:127.0.0.1:{}", free_port()));
         Self {
-            sandbox,
-            users,
+            site: Site::of(&users),
             interfaces: Interfaces::Both,
-            server: String::new(),
-            recipients: String::new(),
-            filter: "inspect-ttl = \"0s\"\n".into(),
-            verdict: String::new(),
-            log: String::new(),
             mailboxes: names.iter().map(|&name| name.to_owned()).collect(),
             postfix: Postfix::builder(),
-            sockets,
         }
     }
 
@@ -73,35 +57,37 @@ impl Setting {
 
     /// Both services on Unix sockets that Postfix may use and others may not.
     pub fn unix_sockets(mut self) -> Self {
-        let run = self.sandbox.directory("run");
-        self.sockets = ["milter", "policy"].map(|name| format!("unix:{}", run.join(name).display()));
-        self.server.push_str("socket-mode = \"0660\"\nsocket-group = \"postfix\"\n");
-        self
+        let run = self.site.sandbox.directory("run");
+        let [milter, policy] = ["milter", "policy"].map(|name| format!("unix:{}", run.join(name).display()));
+        self.site = self.site.milter_at(&milter).policy_at(&policy);
+        self.lines("server", "socket-mode = \"0660\"\nsocket-group = \"postfix\"")
     }
 
     /// Lines of `[recipients]`.
-    pub fn recipients(mut self, lines: &str) -> Self {
-        self.recipients.push_str(lines);
-        self.recipients.push('\n');
-        self
+    pub fn recipients(self, lines: &str) -> Self {
+        self.lines("recipients", lines)
     }
 
-    /// Lines of `[filter]`, instead of those before.
-    pub fn filter(mut self, lines: &str) -> Self {
-        self.filter = format!("{lines}\n");
-        self
+    /// Lines of `[filter]`.
+    pub fn filter(self, lines: &str) -> Self {
+        self.lines("filter", lines)
     }
 
     /// Lines of `[verdict]`.
-    pub fn verdict(mut self, lines: &str) -> Self {
-        self.verdict.push_str(lines);
-        self.verdict.push('\n');
-        self
+    pub fn verdict(self, lines: &str) -> Self {
+        self.lines("verdict", lines)
     }
 
     /// Lines of `[log]`.
-    pub fn log(mut self, lines: &str) -> Self {
-        self.log.push_str(lines);
+    pub fn log(self, lines: &str) -> Self {
+        self.lines("log", lines)
+    }
+
+    fn lines(mut self, section: &str, lines: &str) -> Self {
+        for line in lines.lines() {
+            let (key, value) = line.split_once(" = ").unwrap_or_else(|| panic!("no key in {line}"));
+            self.site = self.site.set(section, key, value);
+        }
         self
     }
 
@@ -116,74 +102,28 @@ impl Setting {
         self
     }
 
-    /// The text of usermilter.toml.
-    pub fn configuration(&self) -> String {
-        let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("user nobody");
-        let spool = self.sandbox.directory("spool");
-        nix::unistd::chown(&spool, Some(nobody.uid), Some(nobody.gid)).unwrap();
-        let domains =
-            if self.recipients.contains("domains =") { "" } else { "domains = [\"test.example\"]\n" };
-        format!(
-            r#"
-[server]
-user = "nobody"
-milter = ["{milter}"]
-policy = ["{policy}"]
-{server}
-[recipients]
-trusted-networks = []
-{domains}{recipients}
-[[resolver]]
-type = "passwd-file"
-path = "{passwd_file}"
-
-[filter]
-virtual-uids = [20000, 59999]
-virtual-homes = ["{homes}"]
-spool-directory = "{spool}"
-{filter}
-[verdict]
-{verdict}
-[log]
-{log}
-"#,
-            milter = self.sockets[0],
-            policy = self.sockets[1],
-            server = self.server,
-            recipients = self.recipients,
-            passwd_file = self.users.passwd_file().display(),
-            homes = self.users.homes().display(),
-            spool = spool.display(),
-            filter = self.filter,
-            verdict = self.verdict,
-            log = self.log,
-        )
-    }
-
     /// Starts usermilter and Postfix.
     #[track_caller]
     pub fn start(self) -> Scene {
-        let usermilter = Usermilter::start(&self.configuration());
-        let mailboxes: Vec<&str> = self.mailboxes.iter().map(String::as_str).collect();
-        let mut postfix = self.postfix.clone().mailboxes(&mailboxes);
-        if self.interfaces != Interfaces::Policy {
-            postfix = postfix.main_cf(&fragment("main.cf.milter", "inet:127.0.0.1:8890", &self.sockets[0]));
+        let Self { site, interfaces, mailboxes, postfix } = self;
+        let site = site.start();
+        let mailboxes: Vec<&str> = mailboxes.iter().map(String::as_str).collect();
+        let mut postfix = postfix.mailboxes(&mailboxes);
+        if interfaces != Interfaces::Policy {
+            let lines = fragment("main.cf.milter", "inet:127.0.0.1:8890", site.milter_address());
+            postfix = postfix.main_cf(&lines);
         }
-        if self.interfaces != Interfaces::Milter {
-            postfix = postfix.main_cf(&fragment("main.cf.policy", "inet:127.0.0.1:8891", &self.sockets[1]));
+        if interfaces != Interfaces::Milter {
+            let lines = fragment("main.cf.policy", "inet:127.0.0.1:8891", site.policy_address());
+            postfix = postfix.main_cf(&lines);
         }
-        let configuration = self.configuration();
-        let Self { sandbox, users, sockets: [milter, policy], .. } = self;
-        Scene { postfix: postfix.start(), usermilter, users, sandbox, configuration, milter, policy }
+        Scene { postfix: postfix.start(), site }
     }
 
     /// Starts usermilter alone.
     #[track_caller]
     pub fn start_alone(self) -> Alone {
-        let configuration = self.configuration();
-        let usermilter = Usermilter::start(&configuration);
-        let Self { sandbox, users, sockets: [milter, policy], .. } = self;
-        Alone { usermilter, users, sandbox, configuration, milter, policy }
+        Alone { site: self.site.start() }
     }
 }
 
@@ -196,12 +136,7 @@ pub fn unused_uid() -> u32 {
 /// usermilter without an MTA.
 #[derive(Debug)]
 pub struct Alone {
-    pub usermilter: Usermilter,
-    pub users: VirtualUsers,
-    pub sandbox: Sandbox,
-    pub configuration: String,
-    pub milter: String,
-    pub policy: String,
+    pub site: Site,
 }
 
 impl Alone {
@@ -209,13 +144,13 @@ impl Alone {
     #[track_caller]
     pub fn ask(&self, sender: &str, name: &str) -> String {
         let request = Request::rcpt(sender, &format!("{name}@test.example"));
-        policy::Client::connect(&self.policy).ask(&request)
+        policy::Client::connect(self.site.policy_address()).ask(&request)
     }
 
     /// A milter connection of the client that [`Request::rcpt`] tells of, in a transaction.
     #[track_caller]
     pub fn milter(&self, sender: &str) -> milter::Client {
-        let mut client = milter::Client::connect(&self.milter);
+        let mut client = milter::Client::connect(self.site.milter_address());
         begin(&mut client, &[&format!("<{sender}>")]);
         client
     }
@@ -249,12 +184,7 @@ pub fn send_message(client: &mut milter::Client) -> milter::Answer {
 pub struct Scene {
     // Dropped in this order: Postfix first.
     pub postfix: Postfix,
-    pub usermilter: Usermilter,
-    pub users: VirtualUsers,
-    pub sandbox: Sandbox,
-    pub configuration: String,
-    pub milter: String,
-    pub policy: String,
+    pub site: Site,
 }
 
 impl Scene {
