@@ -80,13 +80,14 @@ impl Pipeline {
     pub fn new(
         settings: Arc<Config>,
         monitor: &Arc<Monitor>,
+        resolver: resolver::Chain,
         tracker: TaskTracker,
         metrics: Arc<Metrics>,
     ) -> Self {
         let filters = Filters::new(Arc::clone(monitor), settings.filter.clone(), metrics.filters.clone());
         let user_log = UserLog::new(Arc::clone(monitor), tracker.clone(), metrics.user_log_failures.clone());
         Self {
-            resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients, &metrics.resolvers),
+            resolver,
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(filters),
             answers: Answers::new(),
@@ -114,10 +115,11 @@ impl Pipeline {
     ) -> Recipient {
         let started = Instant::now();
         let mut recipient = self.judge_recipient(envelope, argument).await;
-        if matches!(recipient.known(), None | Some(Opinion::Accept)) {
-            self.split(&mut recipient, first);
+        let mut known = recipient.known();
+        if self.splits() && matches!(known, None | Some(Opinion::Accept)) {
+            Self::split(&mut recipient, first);
+            known = recipient.known();
         }
-        let known = recipient.known();
         self.metrics.recipients.of((envelope.interface, known.as_ref().into())).inc();
         // A policy client asks no more about a recipient; what a milter asks about the message is counted at its end.
         let refused = matches!(known, Some(Opinion::Reject(_) | Opinion::Defer(_)));
@@ -160,10 +162,7 @@ impl Pipeline {
     }
 
     /// Puts a recipient off that would be judged by another filter than the transaction's first.
-    fn split(&self, recipient: &mut Recipient, first: &mut Option<FilterSet>) {
-        if !self.splits() {
-            return;
-        }
+    fn split(recipient: &mut Recipient, first: &mut Option<FilterSet>) {
         let filters = recipient.filters();
         match first {
             None => *first = Some(filters),

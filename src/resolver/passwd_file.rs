@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::source::{Problem, SourceFile, is_damaged};
 use crate::address::{Address, normalize_domain};
+use crate::inquiry::Inquiry;
 use crate::user::{Account, User, UserName};
 
 /// The two ids above it mean "unchanged" to setresuid(2) and, as -2, "nobody" on some systems.
@@ -41,6 +42,11 @@ impl PasswdFile {
     /// See [`SourceFile::refresh`].
     pub fn refresh(&self) {
         self.source.refresh();
+    }
+
+    /// See [`SourceFile::refresh_by`].
+    pub fn refresh_by(&self, inquiry: &Inquiry) {
+        self.source.refresh_by(inquiry);
     }
 
     /// See [`SourceFile::problems`].

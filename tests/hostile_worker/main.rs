@@ -106,7 +106,7 @@ impl Scene {
         let config = sandbox.write(
             "usermilter.toml",
             format!(
-                "[server]\nuser = \"nobody\"\nmilter = [\"unix:{milter}\"]\npolicy = []\ndrain-timeout = \"1s\"\n\
+                "[server]\nuser = \"nobody\"\nmilter = [\"unix:{milter}\"]\npolicy = []\ncontrol = \"off\"\ndrain-timeout = \"1s\"\n\
                  [filter]\nvirtual-uids = [5001, 5999]\nvirtual-homes = [\"{homes}\"]\nmax-processes = 4\n\
                  timeout = \"5s\"\nprogram-directories = [\"/usr/lib/usermilter/filters\"]\n",
                 milter = sandbox.join("milter.sock").display(),
