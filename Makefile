@@ -5,12 +5,16 @@ DESTDIR ?=
 # rustup's place, if it is not (yet) on the path: tests/install-dependencies may be about to install it.
 CARGO   ?= $(or $(shell command -v cargo),$(HOME)/.cargo/bin/cargo)
 
+# What rustc builds for, which a sanitizer has to be told.
+HOST     = $(shell rustc -vV | sed -n 's/^host: //p')
+SECONDS ?= 30
+
 BUILT   := $(or $(CARGO_TARGET_DIR),target)/release
 BINARY  := $(BUILT)/usermilter
 COMPLETIONS := $(BUILT)/completions
 TO      := $(DESTDIR)$(PREFIX)
 
-.PHONY: help build test demo bench fmt lint audit completions install uninstall deb clean
+.PHONY: help build test demo chaos load bench fuzz sanitize fmt lint audit completions install uninstall deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -27,15 +31,31 @@ demo: ## show real SMTP dialogues with a private Postfix (as root); KEEP=1 leave
 	tests/install-dependencies
 	$(CARGO) test --quiet --release --locked --test demo
 
+chaos: ## break everything under load, for a quarter of an hour (as root), and count the mail; ARGS= chooses scenarios
+	tests/install-dependencies
+	CHAOS=long $(CARGO) test --quiet --release --locked --test chaos -- $(ARGS)
+
+load: ## keep thousands of connections busy for ten minutes (as root), and see what grows
+	tests/install-dependencies
+	LOAD=long $(CARGO) test --quiet --release --locked --test load -- --nocapture $(ARGS)
+
 bench: ## measure every figure of docs/performance.md (as root); ARGS=--help shows how to choose
 	tests/install-dependencies
 	$(CARGO) bench --locked --bench figures -- $(ARGS)
 
+fuzz: ## run every fuzz target for SECONDS=30 (needs a nightly toolchain)
+	SECONDS_EACH=$(SECONDS) tests/fuzz/run
+
+sanitize: ## run the tests of the only unsafe code with AddressSanitizer (needs a nightly toolchain)
+	RUSTFLAGS=-Zsanitizer=address $(CARGO) +nightly test --locked --lib --target $(HOST) sys::
+
 fmt: ## format the sources
 	$(CARGO) fmt --all
+	$(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml
 
 lint: ## check format and lints, as CI does
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --test demo -- -D warnings
 

@@ -6,8 +6,9 @@
 
 use std::fmt;
 
-/// Longest address taken, in bytes. RFC 5321 §4.5.3.1 asks for 64 + 1 + 255; quoting and UTF-8 get room.
-pub const MAX_LENGTH: usize = 1024;
+/// Longest address taken, in bytes. RFC 5321 §4.5.3.1 asks for 64 + 1 + 255; Postfix takes whatever has room in a command
+/// of 2048 (line_length_limit, postconf(5)), and a longer one must not get around anybody's filter.
+pub const MAX_LENGTH: usize = 2048;
 
 /// A mailbox: `alice@example.org`, `"john doe"@example.org`, or a bare local part as in `postmaster`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -53,10 +54,7 @@ impl Address {
             return Err(AddressError::TooLong(text.len()));
         }
         let text = std::str::from_utf8(text).map_err(|_| AddressError::NotUtf8)?;
-        let text = text.trim_matches([' ', '\t']);
-        let text = text.strip_prefix('<').and_then(|t| t.strip_suffix('>')).unwrap_or(text);
-        // Postfix takes white space there, which RFC 5321 has no place for, and does not show that it was there.
-        let text = text.trim_matches([' ', '\t']);
+        let text = without_brackets(text);
         if text.bytes().any(|byte| byte.is_ascii_control())
             || !text.is_ascii() && text.chars().any(char::is_control)
         {
@@ -80,6 +78,34 @@ impl Address {
             return Err(AddressError::NoLocalPart);
         }
         let domain = domain.map(|d| normalize_domain(d).ok_or(AddressError::BadDomain)).transpose()?;
+        Ok(Self { local, domain })
+    }
+
+    /// Reads what an SMTP client said. As [`Address::parse`], but MTAs let through what is no address, and deliver to it or
+    /// from it: nobody's filter is to be got around by that. Control characters, and bytes that are not UTF-8, become
+    /// U+FFFD; quotes in the wrong place are as good as none; what is no domain stands for itself.
+    ///
+    /// # Errors
+    ///
+    /// [`AddressError::TooLong`], and [`AddressError::NoLocalPart`] if there is nothing to read.
+    pub fn from_client(text: &[u8]) -> Result<Self, AddressError> {
+        match Self::parse(text) {
+            Ok(address) => return Ok(address),
+            Err(error @ AddressError::TooLong(_)) => return Err(error),
+            Err(_) => (),
+        }
+        let text = String::from_utf8_lossy(text).replace(char::is_control, "\u{fffd}");
+        if let Ok(address) = Self::parse(text.as_bytes()) {
+            return Ok(address);
+        }
+        let text = without_source_route(without_brackets(&text));
+        let (local, domain) = text.rsplit_once('@').map_or((text, ""), |parts| parts);
+        let local = without_quotes(local);
+        let domain =
+            (!domain.is_empty()).then(|| normalize_domain(domain).unwrap_or_else(|| domain.to_lowercase()));
+        if local.is_empty() && domain.is_none() {
+            return Err(AddressError::NoLocalPart);
+        }
         Ok(Self { local, domain })
     }
 
@@ -221,6 +247,19 @@ impl Sender {
         }
     }
 
+    /// Reads what an SMTP client said, as [`Address::from_client`].
+    ///
+    /// # Errors
+    ///
+    /// [`AddressError::TooLong`]
+    pub fn from_client(text: &[u8]) -> Result<Self, AddressError> {
+        match Address::from_client(text) {
+            Ok(address) => Ok(Self::Mailbox(address)),
+            Err(AddressError::NoLocalPart) => Ok(Self::Null),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The address, unless it is the null sender.
     pub fn address(&self) -> Option<&Address> {
         match self {
@@ -258,6 +297,13 @@ pub fn normalize_domain(domain: &str) -> Option<String> {
     Some(idna::domain_to_ascii(domain).unwrap_or_else(|_| domain.to_lowercase()))
 }
 
+fn without_brackets(text: &str) -> &str {
+    let text = text.trim_matches([' ', '\t']);
+    let text = text.strip_prefix('<').and_then(|t| t.strip_suffix('>')).unwrap_or(text);
+    // Postfix takes white space there, which RFC 5321 has no place for, and does not show that it was there.
+    text.trim_matches([' ', '\t'])
+}
+
 fn without_source_route(text: &str) -> &str {
     match text.strip_prefix('@') {
         Some(route) => route.split_once(':').map_or(text, |(_, mailbox)| mailbox),
@@ -277,6 +323,20 @@ fn unquote(text: &str) -> Result<(String, &str), AddressError> {
         }
     }
     Err(AddressError::BadQuoting)
+}
+
+/// Quoted or not, in any mixture: `"al"ice` is alice to Postfix.
+fn without_quotes(text: &str) -> String {
+    let mut plain = String::new();
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '"' => (),
+            '\\' => plain.extend(chars.next()),
+            c => plain.push(c),
+        }
+    }
+    plain
 }
 
 /// RFC 5321 Dot-string, with RFC 6531's UTF-8.
@@ -353,6 +413,35 @@ mod tests {
     }
 
     #[test]
+    fn what_a_client_says_is_an_address_whatever_it_is() {
+        for (said, read) in [
+            (&b"<alice@Example.org>"[..], "alice@example.org"),
+            (b"<\"a\tb\"@example.org>", "a\u{fffd}b@example.org"),
+            (b"<\"a\rb\"@example.org>", "a\u{fffd}b@example.org"),
+            (b"a\r\nX: y@example.org", "\"a\u{fffd}\u{fffd}X: y\"@example.org"),
+            (b"<b\xf6se@example.org>", "b\u{fffd}se@example.org"),
+            (b"<\"al\"ice@example.org>", "alice@example.org"),
+            (b"<\"a\".\"b\"@example.org>", "a.b@example.org"),
+            (b"\"open@example.org", "open@example.org"),
+            (b"<a@b/c>", "a@b/c"),
+            (b"<a@b c>", "a@b c"),
+            (b"<a@>", "a"),
+            (b"<\"\"@example.org>", "\"\"@example.org"),
+            (b"<@x:\"a\"b@example.org>", "ab@example.org"),
+        ] {
+            assert_eq!(Address::from_client(said).unwrap().to_string(), read);
+        }
+        for nothing in [&b""[..], b"<>", b"< >", b"<\"\">"] {
+            assert_eq!(Address::from_client(nothing), Err(AddressError::NoLocalPart));
+            assert_eq!(Sender::from_client(nothing), Ok(Sender::Null));
+        }
+        let long = [b'a'; MAX_LENGTH + 1];
+        assert_eq!(Sender::from_client(&long), Err(AddressError::TooLong(MAX_LENGTH + 1)));
+        // As long as a command of Postfix's has room for, in the worst form.
+        assert!(Address::from_client(&[0xff; MAX_LENGTH]).is_ok());
+    }
+
+    #[test]
     fn the_extension_starts_at_the_first_delimiter_but_not_at_the_first_character() {
         assert_eq!(split_extension("alice+shop", "+"), ("alice", Some("shop")));
         assert_eq!(split_extension("alice-a+b", "+-"), ("alice", Some("a+b")));
@@ -373,6 +462,15 @@ mod tests {
         #[test]
         fn parsing_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             let _ = Address::parse(&bytes);
+        }
+
+        #[test]
+        fn what_a_client_says_is_always_judged(bytes in prop::collection::vec(prop_oneof![any::<u8>(), prop::sample::select(&b"\"\\@<>. \t\r\n"[..])], 0..40)) {
+            let sender = Sender::from_client(&bytes).unwrap();
+            prop_assert!(!sender.to_string().contains(char::is_control));
+            if let Ok(strict) = Address::parse(&bytes) {
+                prop_assert_eq!(sender.address(), Some(&strict));
+            }
         }
 
         #[test]

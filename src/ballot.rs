@@ -292,3 +292,193 @@ impl<'a> Told<'a> {
         format!("{user}={} ({})", self.said.as_str(), self.by)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        address::Sender,
+        filter::AnswerKind,
+        holdings::Holdings,
+        monitor::{FilterFile, Inspection},
+        recipient::Standing,
+        reply::Reply,
+        transaction::{Interface, RecipientArgument},
+        user::{Account, User, UserName},
+        verdict::Verdict,
+    };
+
+    /// What a seat of a recipient is: decided, without a filter, or one of four users' filter.
+    #[derive(Clone, Debug)]
+    enum Plan {
+        Decided(Opinion),
+        NoFilter,
+        Filter(usize),
+    }
+
+    fn opinion() -> impl Strategy<Value = Opinion> {
+        prop_oneof![
+            Just(Opinion::Accept),
+            "[ab]".prop_map(|text| Opinion::Reject(Reply::from_text(Verdict::Reject, &text, false))),
+            "[ab]".prop_map(|text| Opinion::Defer(Reply::from_text(Verdict::Defer, &text, false))),
+        ]
+    }
+
+    fn plans() -> impl Strategy<Value = Vec<Vec<Plan>>> {
+        let seat = prop_oneof![
+            2 => opinion().prop_map(Plan::Decided),
+            1 => Just(Plan::NoFilter),
+            5 => (0usize..4).prop_map(Plan::Filter),
+        ];
+        prop::collection::vec(prop::collection::vec(seat, 1..4), 1..5)
+    }
+
+    fn judge(plan: &Plan) -> Judge {
+        let file = |name: &str| FilterFile { name: name.into(), problem: None };
+        let (user, filters, decided) = match plan {
+            Plan::Decided(opinion) => (
+                9,
+                vec![],
+                Some(Decision { opinion: opinion.clone(), by: "rule 1".into(), source: Source::Rules }),
+            ),
+            Plan::NoFilter => (8, vec![], None),
+            Plan::Filter(user) => (*user, vec![file("message")], None),
+        };
+        let name = UserName::try_from(format!("user{user}")).unwrap();
+        let inspection = Inspection { filters, ..Inspection::default() };
+        Judge {
+            user: User { name, account: Account::Passwd, program: None },
+            address: Address::parse(b"user@example.org").unwrap(),
+            extension: None,
+            directory_rules: None,
+            holdings: Arc::new(Holdings { inspection, ..Holdings::default() }),
+            decided,
+            waits_for_size: false,
+        }
+    }
+
+    fn recipients(plans: &[Vec<Plan>]) -> Vec<Recipient> {
+        let recipient = |(n, seats): (usize, &Vec<Plan>)| Recipient {
+            argument: RecipientArgument::default(),
+            address: Some(Address::parse(format!("r{n}@example.org").as_bytes()).unwrap()),
+            standing: Standing::Judged(seats.iter().map(judge).collect()),
+            site_waits_for_size: false,
+        };
+        plans.iter().enumerate().map(recipient).collect()
+    }
+
+    fn envelope() -> Envelope {
+        Envelope {
+            interface: Interface::Milter,
+            queue_id: None,
+            client: Arc::default(),
+            sender: Sender::Null,
+            declared_size: None,
+            smtputf8: false,
+        }
+    }
+
+    fn answer(opinion: &Opinion) -> Answer {
+        Answer {
+            opinion: opinion.clone(),
+            is_final: false,
+            status: "exit".into(),
+            kind: match opinion.verdict() {
+                Verdict::Accept => AnswerKind::Accept,
+                Verdict::Reject => AnswerKind::Reject,
+                Verdict::Defer => AnswerKind::Defer,
+            },
+            elapsed: Duration::ZERO,
+            output: String::new(),
+            error_output: String::new(),
+        }
+    }
+
+    fn naive(verdicts: impl IntoIterator<Item = Verdict>) -> Verdict {
+        let all: Vec<Verdict> = verdicts.into_iter().collect();
+        match () {
+            () if all.contains(&Verdict::Accept) => Verdict::Accept,
+            () if all.contains(&Verdict::Defer) => Verdict::Defer,
+            () => Verdict::Reject,
+        }
+    }
+
+    /// What becomes of the transaction when everybody has answered, too simple to be wrong.
+    fn expected(plans: &[Vec<Plan>], answers: &[Opinion]) -> Verdict {
+        naive(plans.iter().map(|seats| {
+            naive(seats.iter().map(|seat| match seat {
+                Plan::Decided(opinion) => opinion.verdict(),
+                Plan::NoFilter => Verdict::Accept,
+                Plan::Filter(user) => answers[*user].verdict(),
+            }))
+        }))
+    }
+
+    proptest! {
+        #[test]
+        fn an_early_outcome_is_that_of_all_answers_in_whatever_order_they_come(
+            plans in plans(),
+            answers in prop::collection::vec(opinion(), 4),
+            order in Just([0usize, 1, 2, 3]).prop_shuffle(),
+            everybody_counts in any::<bool>(),
+        ) {
+            let recipients = recipients(&plans);
+            let mixed = if everybody_counts { Mixed::Drop } else { Mixed::Deliver };
+            let mut ballot = Ballot::new(&envelope(), &recipients, 1, Site { rules: None, mixed });
+            let expected = expected(&plans, &answers);
+            let polled: Vec<String> = ballot.polls().iter().map(|poll| poll.judge.user.name.to_string()).collect();
+            let mut distinct = polled.clone();
+            distinct.sort();
+            distinct.dedup();
+            prop_assert_eq!(distinct.len(), polled.len(), "a filter is asked once");
+            let mut settled = false;
+            for user in order {
+                let Some(poll) = polled.iter().position(|name| *name == format!("user{user}")) else { continue };
+                prop_assert!(!settled || ballot.is_settled(), "what is settled stays so");
+                settled = ballot.is_settled();
+                if settled {
+                    prop_assert_eq!(ballot.outcome().verdict(), expected);
+                    // Not started any more, since it could not change anything.
+                    if !everybody_counts {
+                        ballot.record(poll, None);
+                        continue;
+                    }
+                }
+                ballot.record(poll, Some(answer(&answers[user])));
+            }
+            prop_assert!(ballot.is_settled());
+            prop_assert_eq!(ballot.outcome().verdict(), expected);
+            if everybody_counts {
+                let refusers = plans.iter().filter(|seats| super::tests::expected(&[(*seats).clone()], &answers) == Verdict::Reject);
+                prop_assert_eq!(ballot.refusers().count(), refusers.count());
+            }
+        }
+
+        #[test]
+        fn our_own_trouble_refuses_nothing_that_somebody_has_not_refused(
+            plans in plans(), answers in prop::collection::vec(prop::option::of(opinion()), 4), defers in any::<bool>(),
+        ) {
+            let recipients = recipients(&plans);
+            let site = Site { rules: None, mixed: Mixed::Deliver };
+            let mut ballot = Ballot::new(&envelope(), &recipients, 1, site);
+            let names: Vec<String> = ballot.polls().iter().map(|poll| poll.judge.user.name.to_string()).collect();
+            for (poll, name) in names.iter().enumerate() {
+                let user: usize = name.trim_start_matches("user").parse().unwrap();
+                if let Some(opinion) = &answers[user] {
+                    ballot.record(poll, Some(answer(opinion)));
+                }
+            }
+            let trouble = if defers { Opinion::Defer(Reply::trouble()) } else { Opinion::Accept };
+            ballot.give_up(&trouble);
+            let answers: Vec<Opinion> = answers.into_iter().map(|a| a.unwrap_or(trouble.clone())).collect();
+            prop_assert_eq!(ballot.outcome().verdict(), expected(&plans, &answers));
+            ballot.skip_filters();
+            let all_accept = vec![Opinion::Accept; 4];
+            prop_assert_eq!(ballot.outcome().verdict(), expected(&plans, &all_accept));
+        }
+    }
+}

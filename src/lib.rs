@@ -16,7 +16,7 @@
 //!   watch;
 //! * [`monitor`], [`sys`]: the privileged side, [`worker`]: the other, and how they speak;
 //! * [`milter`], [`policy`]: the interfaces; both know only [`transaction`], [`pipeline`] and [`verdict`];
-//! * [`address`], [`resolver`], [`user`]: who a recipient is;
+//! * [`address`], [`resolver`], [`inquiry`], [`user`]: who a recipient is;
 //! * [`holdings`], [`rules`], [`filter`], [`environment`], [`spool`], [`trace_headers`]: what their users have, and how it
 //!   is asked; [`shares`]: how much of it at a time; [`answers`]: what they have just said;
 //! * [`recipient`], [`ruling`], [`ballot`], [`verdict`], [`reply`], [`record`], [`user_log`]: what comes of it.
@@ -29,6 +29,7 @@ pub mod config;
 pub mod environment;
 pub mod filter;
 pub mod holdings;
+pub mod inquiry;
 pub mod logging;
 pub mod metrics;
 pub mod milter;

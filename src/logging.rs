@@ -17,7 +17,7 @@ use nix::{
     unistd::dup2_stderr,
 };
 use tracing::{level_filters::LevelFilter, warn};
-use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{Layer, Registry, fmt::MakeWriter, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::config::{Log, LogFormat, LogLevel};
 
@@ -30,20 +30,27 @@ pub fn start(log: &Log) {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    // Text on standard error is for people and grep; a write that fails (a closed pipe) must not end the daemon.
-    let stderr = tracing_subscriber::fmt::layer()
-        .with_writer(|| StandardError)
+    let journal = under_journald().then(tracing_journald::layer).and_then(Result::ok);
+    let layer = journal.map_or_else(|| lines(log.format, || StandardError), Layer::boxed);
+    // A second start (tests in one process) changes nothing.
+    let _ = tracing_subscriber::registry().with(layer.with_filter(level)).try_init();
+}
+
+/// A line to `writer` for each event.
+pub fn lines<W>(format: LogFormat, writer: W) -> Box<dyn Layer<Registry> + Send + Sync>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    // Text is for people and grep; a write that fails (a closed pipe) must not end the daemon.
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(writer)
         .with_ansi(false)
         .with_target(false)
         .log_internal_errors(false);
-    let journal = under_journald().then(tracing_journald::layer).and_then(Result::ok);
-    let layer = match (journal, log.format) {
-        (Some(journal), _) => journal.boxed(),
-        (None, LogFormat::Text) => stderr.boxed(),
-        (None, LogFormat::Json) => stderr.json().flatten_event(true).boxed(),
-    };
-    // A second start (tests in one process) changes nothing.
-    let _ = tracing_subscriber::registry().with(layer.with_filter(level)).try_init();
+    match format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    }
 }
 
 /// Whether standard error is the journal (systemd.exec(5), `$JOURNAL_STREAM`: device and inode of the stream).

@@ -80,13 +80,14 @@ impl Pipeline {
     pub fn new(
         settings: Arc<Config>,
         monitor: &Arc<Monitor>,
+        resolver: resolver::Chain,
         tracker: TaskTracker,
         metrics: Arc<Metrics>,
     ) -> Self {
         let filters = Filters::new(Arc::clone(monitor), settings.filter.clone(), metrics.filters.clone());
         let user_log = UserLog::new(Arc::clone(monitor), tracker.clone(), metrics.user_log_failures.clone());
         Self {
-            resolver: resolver::Chain::new(&settings.resolvers, &settings.recipients, &metrics.resolvers),
+            resolver,
             inspector: Inspector::new(Arc::clone(monitor), settings.filter.inspect_ttl.0),
             filters: Arc::new(filters),
             answers: Answers::new(),
@@ -114,10 +115,11 @@ impl Pipeline {
     ) -> Recipient {
         let started = Instant::now();
         let mut recipient = self.judge_recipient(envelope, argument).await;
-        if matches!(recipient.known(), None | Some(Opinion::Accept)) {
-            self.split(&mut recipient, first);
+        let mut known = recipient.known();
+        if self.splits() && matches!(known, None | Some(Opinion::Accept)) {
+            Self::split(&mut recipient, first);
+            known = recipient.known();
         }
-        let known = recipient.known();
         self.metrics.recipients.of((envelope.interface, known.as_ref().into())).inc();
         // A policy client asks no more about a recipient; what a milter asks about the message is counted at its end.
         let refused = matches!(known, Some(Opinion::Reject(_) | Opinion::Defer(_)));
@@ -160,10 +162,7 @@ impl Pipeline {
     }
 
     /// Puts a recipient off that would be judged by another filter than the transaction's first.
-    fn split(&self, recipient: &mut Recipient, first: &mut Option<FilterSet>) {
-        if !self.splits() {
-            return;
-        }
+    fn split(recipient: &mut Recipient, first: &mut Option<FilterSet>) {
         let filters = recipient.filters();
         match first {
             None => *first = Some(filters),
@@ -216,10 +215,11 @@ impl Pipeline {
         }
         // Sendmail has resolved the address already and says to which mailbox; Postfix repeats it.
         let mailbox = argument.mailbox.as_deref().filter(|_| is_local);
-        let mailbox = mailbox.and_then(|mailbox| Address::parse(mailbox.as_bytes()).ok());
+        let mailbox = mailbox.and_then(|mailbox| Address::from_client(mailbox.as_bytes()).ok());
         match self.resolver.resolve(mailbox.as_ref().unwrap_or(address), is_local).await {
             Err(unavailable) => {
-                warn!("{}: {address}: {unavailable}", envelope.queue_id());
+                let (address, why) = (address.to_string(), unavailable.to_string());
+                warn!("{}: {}: {}", envelope.queue_id(), Quoted(&address), Quoted(&why));
                 self.trouble(unavailable.on_error, unavailable.to_string())
             }
             Ok(resolution) if resolution.is_nobody() => match settings.unknown {
@@ -648,13 +648,13 @@ impl Pipeline {
 /// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
 /// spelling.
 fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
-    let named = Address::parse(&argument.raw);
+    let named = Address::from_client(&argument.raw);
     let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
     if named.as_ref().is_ok_and(|address| !is_odd(address)) {
         return named;
     }
     let reading = match (&argument.mailbox, &named) {
-        (Some(mailbox), _) => Address::parse(mailbox.as_bytes()).ok(),
+        (Some(mailbox), _) => Address::from_client(mailbox.as_bytes()).ok(),
         (None, Ok(address)) => address.without_routing(),
         (None, Err(_)) => None,
     };

@@ -75,7 +75,7 @@ pub fn refused_recipient(envelope: &Envelope, recipient: &Recipient, opinion: &O
 /// Tells what a filter wrote to standard error, a line each.
 pub fn error_output(envelope: &Envelope, user: &str, filter: &str, text: &str) {
     for line in text.lines().filter(|line| !line.trim().is_empty()).take(MAX_ERROR_LINES) {
-        info!("{}: {user} {filter}: {}", Quoted(envelope.queue_id()), Quoted(line));
+        info!("{}: {user} {}: {}", Quoted(envelope.queue_id()), Quoted(filter), Quoted(line));
     }
 }
 

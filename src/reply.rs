@@ -300,6 +300,17 @@ mod tests {
 
     proptest! {
         #[test]
+        fn what_was_cleaned_is_clean(text in "(?s).{0,200}", reject in any::<bool>()) {
+            let verdict = if reject { Verdict::Reject } else { Verdict::Defer };
+            let reply = Reply::from_text(verdict, &text, true);
+            let again = format!("{} {} {}", reply.code(), reply.enhanced(), reply.lines.join("\n"));
+            // What stands in front of a first line is no part of it.
+            if reply.lines[0].trim_start() == reply.lines[0] {
+                prop_assert_eq!(Reply::from_text(verdict, &again, true), reply);
+            }
+        }
+
+        #[test]
         fn nothing_dangerous_reaches_the_session(text in "(?s).{0,200}", reject in any::<bool>(), smtputf8 in any::<bool>()) {
             let verdict = if reject { Verdict::Reject } else { Verdict::Defer };
             let reply = Reply::from_text(verdict, &text, smtputf8);

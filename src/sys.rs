@@ -170,9 +170,10 @@ pub fn close_in_child(descriptors: &[RawFd]) {
     }
 }
 
-/// Makes a forked child the owner of a descriptor that it inherited, under the same promise.
+/// Makes a process the owner of a descriptor that it inherited: a forked child, under the same promise, or a program at
+/// its start, once for each.
 pub fn adopt(descriptor: RawFd) -> OwnedFd {
-    // SAFETY: the descriptor is open (it was in the parent), and the child's copy of the old owner is never dropped.
+    // SAFETY: the descriptor is open (it was in the parent), and a child's copy of the old owner is never dropped.
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 

@@ -58,6 +58,17 @@ impl Envelope {
     }
 }
 
+/// Longest queue id that is one, in bytes; Postfix' have 10 to 20, Sendmail's 14.
+const MAX_QUEUE_ID_LENGTH: usize = 64;
+
+/// A queue id as an MTA gives it. It stands in front of every line that tells of a mail, so what is none is left out,
+/// whoever gave it: it could make a line of its own.
+pub fn queue_id(text: &str) -> Option<String> {
+    let is_one = (1..=MAX_QUEUE_ID_LENGTH).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    is_one.then(|| text.to_owned())
+}
+
 /// The two ways in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Interface {
@@ -86,4 +97,21 @@ pub struct RecipientArgument {
     pub mailer: Option<String>,
     /// The mailbox that the MTA has resolved the argument to, macro `{rcpt_addr}`.
     pub mailbox: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_id_can_not_make_a_line() {
+        for good in ["4QUEUEID", "4dCJ3b1xYzz1k", "5AKHAbcd012345", "5AKHAbcd012345-1"] {
+            assert_eq!(queue_id(good).as_deref(), Some(good));
+        }
+        for bad in
+            ["", "4Q\nNOQUEUE: accept", "4Q\u{1b}[2J", "4Q: accept outcome=", "4\u{2028}", &"4".repeat(65)]
+        {
+            assert_eq!(queue_id(bad), None, "{bad:?}");
+        }
+    }
 }

@@ -134,7 +134,7 @@ fn error_lines(envelope: &Envelope, filter: &str, text: &str) -> String {
         if lines.len() > MAX_ERROR_LINES_LENGTH {
             break;
         }
-        let _ = writeln!(lines, "{} {filter}: {}", stamp(envelope), Quoted(line));
+        let _ = writeln!(lines, "{} {}: {}", stamp(envelope), Quoted(filter), Quoted(line));
     }
     lines
 }
@@ -149,7 +149,7 @@ fn line(envelope: &Envelope, told: &Told<'_>, fate: &str) -> String {
         Quoted(&envelope.sender.to_string()),
         Quoted(&to.join(",")),
         told.said.as_str(),
-        told.by,
+        Quoted(&told.by),
     )
 }
 

@@ -554,7 +554,7 @@ fn tests_that_documents_name_exist() {
         for word in text.split('`').skip(1).step_by(2) {
             let sentence = word.matches('_').count() >= 3
                 && word.chars().all(|c| c == '_' || c.is_ascii_lowercase() || c.is_ascii_digit());
-            // Parameters of Postfix and OpenLDAP look alike, and our metrics.
+            // Parameters of Postfix and OpenLDAP look alike, and so do metrics, which tests/metrics.rs compares.
             if sentence
                 && !["milter_", "smtpd_", "lmtp_", "max_", "tls_", "usermilter_"]
                     .iter()
@@ -579,4 +579,76 @@ fn manual_pages_are_clean() {
         Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
         Err(error) => eprintln!("skipped: mandoc: {error}"),
     }
+}
+
+/// The direct dependencies in a section of Cargo.toml.
+fn dependencies(section: &str) -> BTreeSet<String> {
+    let manifest: toml::Table = read("Cargo.toml").parse().unwrap();
+    manifest[section].as_table().unwrap().keys().cloned().collect()
+}
+
+#[test]
+fn every_dependency_has_its_reason() {
+    let text = read("docs/dependencies.md");
+    let rows = |text: &str| -> BTreeSet<String> {
+        let cells = text.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" | "));
+        let names = cells.flat_map(|(names, _)| names.split(", ")).map(str::to_owned);
+        names.filter(|name| !["crate", "---"].contains(&name.as_str())).collect()
+    };
+    let (program, tests) = text.split_once("For tests only").unwrap();
+    assert_eq!(rows(program), dependencies("dependencies"));
+    assert_eq!(rows(tests), dependencies("dev-dependencies"));
+}
+
+#[test]
+fn make_help_lists_every_target_and_documents_name_no_other() {
+    let makefile = read("Makefile");
+    let is_name = |name: &&str| !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase());
+    let targets: BTreeSet<&str> = makefile
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .filter(|(_, rest)| rest.contains(" ## "))
+        .map(|(name, _)| name)
+        .filter(is_name)
+        .collect();
+    assert!(targets.contains("install") && targets.contains("audit"));
+    let help = Command::new("make").args(["-C"]).arg(root()).args(["-s", "help"]).output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let listed: BTreeSet<&str> =
+        help.lines().filter_map(|line| line.trim().strip_prefix("make ")?.split(' ').next()).collect();
+    assert_eq!(listed, targets);
+    for (name, text) in markdown() {
+        let code = blocks(&text).into_iter().map(|(_, text)| text).collect::<String>();
+        let spans = text.split('`').skip(1).step_by(2).filter(|span| span.starts_with("make "));
+        for line in code.lines().filter(|line| line.trim_start().starts_with("make ")).chain(spans) {
+            let target = line.trim_start()[5..].split([' ', '\n']).next().unwrap();
+            assert!(targets.contains(target), "{}: no target of {line:?}", name.display());
+        }
+    }
+}
+
+/// The configuration that packages install: everything in it is a comment, each a default or an example that is understood.
+#[test]
+fn the_installed_configuration_changes_nothing_and_its_comments_are_understood() {
+    let text = read("packaging/usermilter.toml");
+    check_config_example("packaging/usermilter.toml", &text);
+    let is_setting = |line: &str| line.contains(" = ") || line.starts_with('[');
+    let mut seen = BTreeSet::new();
+    let mut section = String::new();
+    for line in text.lines() {
+        let bare = line.strip_prefix("# ").unwrap_or(line);
+        if bare.starts_with('[') {
+            section = bare.to_owned();
+        } else if is_setting(bare) && bare.split(' ').nth(1) == Some("=") {
+            assert!(line.starts_with("# "), "{line} changes something");
+            let kind = if section == "[[resolver]]" && !bare.starts_with("type") {
+                "type = \"passwd\"\n"
+            } else {
+                ""
+            };
+            check_config_example("packaging/usermilter.toml", &format!("{section}\n{kind}{bare}\n"));
+            seen.insert(bare.split(' ').next().unwrap().to_owned());
+        }
+    }
+    assert!(seen.contains("domains") && seen.contains("min-uid"), "{seen:?}");
 }

@@ -5,13 +5,15 @@
 //! and ending it cancel out. It is the whole daemon's. The daemon is the one that `cargo test` builds, without optimization:
 //! its instructions are ten times those of a release, and go up and down with them.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that can't go on fails")]
+
 mod common;
 
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use common::milter::{self, Frame};
 use common::policy::{self, Request};
@@ -21,13 +23,13 @@ use common::{PATIENCE, wait_until};
 
 /// Instructions, in thousands, as they were counted last. If a change is worth more of them, or fewer are needed by now,
 /// write down what the test prints.
-const POLICY_REQUEST: f64 = 0.0;
-const POLICY_REQUEST_WITH_RULES: f64 = 0.0;
-const MESSAGE_WITHOUT_FILTER: f64 = 0.0;
+const POLICY_REQUEST: f64 = 171.0;
+const POLICY_REQUEST_WITH_RULES: f64 = 313.0;
+const MESSAGE_WITHOUT_FILTER: f64 = 732.0;
 
 /// System calls, likewise: a request is read, answered, and the next one waited for.
-const CALLS_OF_POLICY_REQUEST: f64 = 0.0;
-const CALLS_OF_MESSAGE_WITHOUT_FILTER: f64 = 0.0;
+const CALLS_OF_POLICY_REQUEST: f64 = 3.1;
+const CALLS_OF_MESSAGE_WITHOUT_FILTER: f64 = 7.1;
 
 /// How much more than what is written down fails: compilers differ, and so do system libraries.
 const MARGIN: f64 = 1.15;
@@ -37,11 +39,11 @@ const MARGIN: f64 = 1.15;
 const NOISE: f64 = 1.08;
 
 /// Requests of the shorter run.
-const REQUESTS: usize = 100;
+const REQUESTS: usize = 200;
 
 #[test]
 fn a_policy_request_costs_no_more_instructions_than_it_did() {
-    check("a policy request", instructions(|| site(), policy_requests), POLICY_REQUEST);
+    check("a policy request", instructions(site, policy_requests), POLICY_REQUEST);
 }
 
 #[test]
@@ -52,7 +54,7 @@ fn a_policy_request_about_a_user_with_rules_costs_no_more_instructions_than_it_d
 
 #[test]
 fn a_message_without_filters_costs_no_more_instructions_than_it_did() {
-    check("a message without filters", instructions(|| site(), messages), MESSAGE_WITHOUT_FILTER);
+    check("a message without filters", instructions(site, messages), MESSAGE_WITHOUT_FILTER);
 }
 
 #[test]
@@ -138,7 +140,9 @@ fn check(what: &str, cost: f64, recorded: f64) {
 }
 
 fn site() -> SiteBuilder {
-    Site::of(&[("alice", 5101), ("bob", 5102)]).set("filter", "inspect-ttl", r#""1h""#)
+    let site = Site::of(&[("alice", 5101), ("bob", 5102)]).set("filter", "inspect-ttl", r#""1h""#);
+    // The counts are written at the end, which takes a while.
+    site.set("server", "drain-timeout", r#""2m""#)
 }
 
 /// Fifty rules of which the last decides, by a file of senders.
@@ -191,14 +195,17 @@ fn messages(site: &Site, messages: usize) {
 /// Thousands of instructions of one request.
 fn instructions(site: impl Fn() -> SiteBuilder, ask: impl Fn(&Site, usize)) -> f64 {
     let callgrind = ["valgrind", "--tool=callgrind", "--vgdb=no", "--callgrind-out-file=%/counts.%p"];
+    // A child that is ended by a signal leaves no total.
     let of_process = |text: &str| {
-        let total = text.lines().find_map(|line| line.strip_prefix("totals: ")).expect("a total");
-        total.trim().parse::<f64>().unwrap()
+        let total = text.lines().find_map(|line| line.strip_prefix("totals: "));
+        total.and_then(|total| total.trim().parse::<f64>().ok()).unwrap_or(0.0)
     };
     let count = |requests| counts(site(), &callgrind, |site| ask(site, requests), of_process);
     let (once, twice) = (count(REQUESTS), count(2 * REQUESTS));
     assert_eq!(once.len(), twice.len(), "what a user has is looked at more than once");
-    (twice.iter().sum::<f64>() - once.iter().sum::<f64>()) / REQUESTS as f64 / 1000.0
+    let cost = (twice.iter().sum::<f64>() - once.iter().sum::<f64>()) / REQUESTS as f64 / 1000.0;
+    assert!(cost > 1.0, "{cost} thousand instructions: the worker has left no count");
+    cost
 }
 
 /// System calls of one request.
@@ -226,13 +233,15 @@ fn counts(
     let program = program.iter().map(|word| word.replacen("%/", &format!("{}/", directory.display()), 1));
     let wrapper =
         ["taskset".to_owned(), "--cpu-list".to_owned(), first_processor()].into_iter().chain(program);
+    // A file that was just written is read again every second for a while, and how often depends on the machine.
+    let users = fs::File::open(builder.users.passwd_file()).unwrap();
+    users.set_modified(SystemTime::now() - Duration::from_secs(3600)).unwrap();
     let mut site = builder.start_under(&wrapper.collect::<Vec<_>>());
     ask(&site);
     assert_eq!(site.daemon.terminate().code(), Some(0));
     let texts = || {
         let files = fs::read_dir(&directory).unwrap().map(|file| fs::read(file.unwrap().path()).unwrap());
-        let texts = files.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).collect::<Vec<_>>();
-        texts
+        files.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).collect::<Vec<_>>()
     };
     // strace is a process of its own, which may still be writing.
     let mut last = texts();

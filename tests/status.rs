@@ -195,7 +195,7 @@ fn who_follows_sees_each_look_and_rates_between_them() {
     // It outlives the worker, and begins again with the next.
     let worker = watched.site.daemon.worker_pid();
     kill(Pid::from_raw(worker.cast_signed()), Signal::SIGKILL).unwrap();
-    let restarted = lines.find(|line| line.contains("1 restart"));
+    let restarted = lines.by_ref().take(3000).find(|line| line.contains("1 restart"));
     assert!(restarted.is_some());
     child.kill().unwrap();
     child.wait().unwrap();
@@ -251,7 +251,7 @@ fn without_a_daemon_it_says_where_it_looked_and_what_to_do() {
     let config = sandbox.write("off.toml", "[server]\ncontrol = \"off\"\n");
     let (code, _, stderr) = run(&["--config", config.to_str().unwrap()]);
     assert!(code == 69 && stderr.contains("server.control is"), "{stderr}");
-    let config = sandbox.write("here.toml", &format!("[server]\ncontrol = \"unix:{path}\"\n"));
+    let config = sandbox.write("here.toml", format!("[server]\ncontrol = \"unix:{path}\"\n"));
     let (code, _, stderr) = run(&["--config", config.to_str().unwrap(), "--watch=0"]);
     assert!(code == 64 && stderr.contains("--watch"), "{stderr}");
     let (code, _, stderr) = run(&["--config", config.to_str().unwrap()]);

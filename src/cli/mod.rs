@@ -71,9 +71,8 @@ enum Command {
     Resolve(resolve::Arguments),
     Try(try_out::Arguments),
     Init(init::Arguments),
-    Completions(completions::Arguments),
-    /// Show what the running daemon is doing: mail, filters, connections, resolvers, and what went wrong.
     Status(status::Arguments),
+    Completions(completions::Arguments),
 }
 
 #[derive(Clone, Debug, clap::Args)]

@@ -82,7 +82,7 @@ async fn resolve_all(
     addresses: Arc<Vec<Address>>,
     as_json: bool,
 ) -> u8 {
-    let chain = resolver::Chain::new(&config.resolvers, &config.recipients, &[]);
+    let chain = resolver::Chain::open(&config);
     let inspector = Inspector::new(monitor, config.filter.inspect_ttl.0);
     let mut reports = Vec::new();
     for address in addresses.iter() {

@@ -8,7 +8,7 @@ use super::{CONFIG, ConfigArguments};
 use crate::{
     config::Config,
     logging::{self, Chain},
-    monitor::{self, MonitorError},
+    monitor::{self, Activated, MonitorError},
     sys,
 };
 
@@ -42,8 +42,10 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: Arguments) -> ExitCode {
     let config_path = arguments.config.config;
+    let activated = Activated::take();
+    let kept = activated.as_ref().map(Activated::descriptors).unwrap_or_default();
     // What whoever started us left open by mistake must reach neither the worker nor a user's filter.
-    if let Err(error) = sys::close_all_but(&[]) {
+    if let Err(error) = sys::close_all_but(&kept) {
         eprintln!("usermilter: cannot close inherited descriptors: {error}");
     }
     let config = match Config::load(config_path.as_deref()) {
@@ -55,7 +57,8 @@ pub(super) fn run(arguments: Arguments) -> ExitCode {
     };
     logging::never_wait();
     logging::start(&config.log);
-    match monitor::serve(config_path, config) {
+    let served = activated.map_err(MonitorError::from);
+    match served.and_then(|activated| monitor::serve(config_path, config, activated)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{}", Chain(&error));

@@ -27,10 +27,9 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// Longest document, in bytes: thousands of filters that run at a time.
 const MAX_LENGTH: usize = 16 << 20;
 
-#[derive(Clone, Debug, clap::Args)]
-#[command(after_help = "\
-The daemon is asked on its control socket, server.control of the configuration, which is open to root and to the \
-group of the socket. Counts are since the worker started, which is anew after each reload; rates are averages over that \
+const HELP: &str = "\
+The daemon is asked on its control socket, server.control of the configuration, which is open to root and to the
+group of the socket. Counts are since the worker started, which is anew after each reload; rates are averages over that
 time, or with --watch over the time between two looks.
 
 Examples:
@@ -38,7 +37,16 @@ Examples:
   usermilter status --watch             follow, a look every 2 seconds
   usermilter status --json | jq '.filters.running[] | select(.seconds > 30)'
 
-The exit status is 0, or 69 if no daemon can be reached.")]
+Exit status:
+   0  shown
+  64  wrong usage
+  69  no daemon can be reached, or it does not let you
+  70  trouble of ours
+  78  the configuration has a fault";
+
+/// Show what the running daemon is doing: mail, filters, connections, resolvers, and what went wrong.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = HELP)]
 pub(super) struct Arguments {
     #[command(flatten)]
     config: ConfigArguments,

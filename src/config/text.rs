@@ -46,6 +46,7 @@ pub(super) fn faults<T: DeserializeOwned>(text: &str, path: &Path) -> Vec<Config
         }
     }
     faults.sort_by_key(|fault| fault.offset);
+    faults.truncate(MAX_FAULTS);
     faults.into_iter().map(|fault| fault.corrected::<T>().at(text, path)).collect()
 }
 
@@ -137,7 +138,7 @@ fn section_with<T: DeserializeOwned>(key: &str) -> Option<String> {
 /// The settings of the text, and what is wrong with its form: what could be read of a text that is no TOML says little.
 fn table(text: &str) -> (Spanned<DeTable<'_>>, Vec<Fault>) {
     let (mut table, errors) = DeTable::parse_recoverable(text);
-    let mut faults: Vec<Fault> = errors.into_iter().map(Fault::from).collect();
+    let mut faults: Vec<Fault> = errors.into_iter().take(MAX_FAULTS).map(Fault::from).collect();
     if !faults.is_empty() {
         table.get_mut().clear();
     }
@@ -231,6 +232,14 @@ mod tests {
         assert!(faults::<Config>("", Path::new("x")).is_empty());
         let syntax = faults::<Config>("[server\nuser = \n", Path::new("x"));
         assert!(!syntax.is_empty());
+    }
+
+    #[test]
+    fn a_text_that_is_no_configuration_has_no_more_faults_than_somebody_reads() {
+        for text in ["= x\n", "[[resolver]]\n", "x = { ;;; }\n"] {
+            let faults = faults::<Config>(&text.repeat(3 * MAX_FAULTS), Path::new("x"));
+            assert_eq!(faults.len(), MAX_FAULTS, "{text}");
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::{
     recipient::{FilterSet, Recipient},
     spool::{Spool, SpoolSettings},
     trace_headers,
-    transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
+    transaction::{self, Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::{Ending, Opinion},
 };
 
@@ -136,7 +136,7 @@ impl Session {
         let parameters: Vec<String> =
             arguments.iter().skip(1).map(|p| p.to_string_lossy().to_ascii_uppercase()).collect();
         let size = parameters.iter().find_map(|p| p.strip_prefix("SIZE=")?.parse().ok());
-        let (sender, unjudged) = match Sender::parse(raw) {
+        let (sender, unjudged) = match Sender::from_client(raw) {
             Ok(sender) => (sender, None),
             Err(error) => {
                 warn!("sender \"{}\" is not judged: {error}", Quoted(&String::from_utf8_lossy(raw)));
@@ -145,7 +145,7 @@ impl Session {
         };
         let envelope = Envelope {
             interface: Interface::Milter,
-            queue_id: value(macros, c"i"),
+            queue_id: queue_id(macros),
             client: Arc::new(self.client(macros)),
             sender,
             declared_size: size.filter(|size| *size > 0),
@@ -390,7 +390,7 @@ impl Transaction {
     /// Postfix gives the queue id when the first recipient was accepted, Sendmail only at MAIL.
     fn note_queue_id(&mut self, macros: &Macros) {
         if self.envelope.queue_id.is_none() {
-            self.envelope.queue_id = value(macros, c"i");
+            self.envelope.queue_id = queue_id(macros);
         }
     }
 }
@@ -398,6 +398,10 @@ impl Transaction {
 /// A name that the MTA has verified. It writes `unknown`, or the address in brackets, where it has none.
 fn client_name(name: &str) -> Option<String> {
     (!name.is_empty() && name != "unknown" && !name.starts_with('[')).then(|| name.to_owned())
+}
+
+fn queue_id(macros: &Macros) -> Option<String> {
+    transaction::queue_id(&value(macros, c"i")?)
 }
 
 fn value(macros: &Macros, name: &CStr) -> Option<String> {

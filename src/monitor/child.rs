@@ -12,7 +12,7 @@ use std::{
     env,
     ffi::{CStr, CString},
     fs::{self, File},
-    io::{self, Write},
+    io::Write,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -126,21 +126,23 @@ struct Home {
 }
 
 impl Run<'_> {
-    /// Whatever the worker says, a filter gets the message and two pipes.
-    fn check_streams(&self) -> Result<(), Refusal> {
-        check_pipe("standard error", self.stderr)?;
-        self.stdin.map_or(Ok(()), check_message)
-    }
-
-    /// Makes them the standard streams, and closes all that is left of the monitor's.
-    fn take_streams(&self) -> nix::Result<()> {
+    /// The first act: makes what the filter reads and writes descriptors 0 to 2, and closes all that is left of the
+    /// monitor's. Only then may anything be asked of them that could hang.
+    fn take_streams(&self) -> nix::Result<[OwnedFd; 3]> {
         match self.stdin {
             Some(message) => dup2_stdin(message),
             None => open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).and_then(dup2_stdin),
         }
         .and_then(|()| dup2_stdout(self.stdout))
         .and_then(|()| dup2_stderr(self.stderr))
-        .and_then(|()| sys::close_all_but(&[]))
+        .and_then(|()| sys::close_all_but(&[]))?;
+        Ok([0, 1, 2].map(sys::adopt))
+    }
+
+    /// Whatever the worker says, a filter reads the message, and writes to pipes.
+    fn check_streams(&self, stdin: &OwnedFd, stderr: &OwnedFd) -> Result<(), Refusal> {
+        check_pipe("standard error", stderr)?;
+        self.stdin.map_or(Ok(()), |_| check_message(stdin))
     }
 }
 
@@ -186,14 +188,12 @@ impl Child<'_> {
 
     /// Becomes the user's filter. Returns only if it could not, with the exit status.
     pub(super) fn run(&self, run: &Run<'_>) -> i32 {
-        // Without standard output nothing can be said either.
-        let can_report = check_pipe("standard output", run.stdout).is_ok();
-        let checked = run.check_streams();
-        if !can_report || run.take_streams().is_err() {
+        let Ok([stdin, stdout, stderr]) = run.take_streams() else { return NOT_RUN };
+        if check_pipe("standard output", &stdout).is_err() {
             return NOT_RUN;
         }
-        let Err(refusal) = checked.and_then(|()| self.try_run(run));
-        send(&io::stdout(), &Report::Refusal(refusal));
+        let Err(refusal) = run.check_streams(&stdin, &stderr).and_then(|()| self.try_run(run));
+        send(&stdout, &Report::Refusal(refusal));
         NOT_RUN
     }
 
@@ -294,6 +294,8 @@ impl Child<'_> {
             }
             let plain =
                 identity.home.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+            // A path with NUL is none to the kernel: it could neither be checked nor entered, nor told to the filter.
+            let plain = plain && !identity.home.as_os_str().as_bytes().contains(&0);
             if !plain || !is_below(&identity.home, &self.settings.virtual_homes) {
                 return no(format!("home {} outside filter.virtual-homes", identity.home.display()));
             }
@@ -528,9 +530,9 @@ fn check_pipe(what: &str, descriptor: &OwnedFd) -> Result<(), Refusal> {
 }
 
 /// The first act of a job that only reports: closes all that is the monitor's.
-fn keep_only(report: &OwnedFd) -> Result<(), Refusal> {
-    check_pipe("report", report)?;
-    sys::close_all_but(&[report.as_raw_fd()]).map_err(|e| refused("descriptors", e))
+pub(super) fn keep_only(report: &OwnedFd) -> Result<(), Refusal> {
+    sys::close_all_but(&[report.as_raw_fd()]).map_err(|e| refused("descriptors", e))?;
+    check_pipe("report", report)
 }
 
 fn environment(identity: &Identity, variables: &[(Variable, &str)]) -> Vec<CString> {
@@ -549,13 +551,41 @@ fn environment(identity: &Identity, variables: &[(Variable, &str)]) -> Vec<CStri
         .collect()
 }
 
-fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
+/// For tests/fuzz: what a child would make of a request to run a filter, before it becomes anybody.
+#[cfg(fuzzing)]
+pub struct Examined {
+    /// Who it would become.
+    pub uid: u32,
+    /// The same.
+    pub gid: u32,
+    /// Where it would look for filters.
+    pub home: PathBuf,
+    /// The environment of the filter.
+    pub environment: Vec<CString>,
+}
+
+/// `None`: it would refuse.
+#[cfg(fuzzing)]
+pub fn examine(settings: &Filter, user: &User, variables: &[(Variable, &str)]) -> Option<Examined> {
+    let hard_limits = HardLimits::of_process().ok()?;
+    let child = Child { settings, monitor: getppid(), hard_limits: &hard_limits };
+    let identity = child.identify(user).ok()?;
+    let environment = environment(&identity, variables);
+    Some(Examined {
+        uid: identity.uid.as_raw(),
+        gid: identity.gid.as_raw(),
+        home: identity.home,
+        environment,
+    })
+}
+
+pub(super) fn refused(what: &str, error: impl std::fmt::Display) -> Refusal {
     Refusal::Check(format!("{what}: {error}"))
 }
 
 /// The worker may be gone; then nobody misses the report.
-fn send(pipe: &impl AsFd, report: &Report) {
-    if let (Ok(bytes), Ok(pipe)) = (wire::encode(report), pipe.as_fd().try_clone_to_owned()) {
+fn send(pipe: &OwnedFd, report: &Report) {
+    if let (Ok(bytes), Ok(pipe)) = (wire::encode(report), pipe.try_clone()) {
         let _ = File::from(pipe).write_all(&bytes);
     }
 }
@@ -609,7 +639,9 @@ mod tests {
         assert_eq!(refusal("v", virtual_user(5000, 5000, "/var/vmail/v")), "5000 allowed");
         assert!(refusal("v", virtual_user(4999, 5000, "/var/vmail/v")).contains("virtual-uids"));
         assert!(refusal("v", virtual_user(5000, 6000, "/var/vmail/v")).contains("virtual-uids"));
-        for home in ["/var/vmail", "/var/vmail/../root", "/var/vmailx/v", "var/vmail/v", "/root"] {
+        for home in
+            ["/var/vmail", "/var/vmail/../root", "/var/vmailx/v", "var/vmail/v", "/root", "/var/vmail/v\0"]
+        {
             assert!(refusal("v", virtual_user(5000, 5000, home)).contains("virtual-homes"), "{home}");
         }
     }

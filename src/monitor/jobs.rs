@@ -10,28 +10,29 @@ use std::{
 use nix::{
     errno::Errno,
     sys::signal::{Signal, kill, killpg},
-    unistd::Pid,
+    unistd::{Pid, getpid},
 };
 use tracing::debug;
 
 use super::{
+    answer::answer,
     child::{Child, NOT_RUN, Parent, Run},
     guard::{Guard, Place},
     wire::{End, JobId, Request},
 };
 use crate::{
-    config::Filter,
+    config::{Config, Filter},
     sys::{self, ChildEnd},
 };
 
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Time limit of an inspection or an entry for a log, which only touch a few files; a home that hangs must not hold them
-/// for ever.
+/// Time limit of an inspection, an entry for a log, or an answer, which only touch a few files or ask NSS; a home or a
+/// name server that hangs must not hold them for ever.
 const FILES_TIME_LIMIT: Duration = Duration::from_secs(10);
 
-/// Inspections and entries for logs that a worker may have under way, beside `max-processes` filters.
+/// Inspections, entries for logs and questions that a worker may have under way, beside `max-processes` filters.
 pub(super) const MAX_FILE_JOBS: usize = 32;
 
 /// Number by which the monitor tells its workers apart.
@@ -103,13 +104,14 @@ impl Jobs {
         worker: WorkerId,
         request: &Request<'_>,
         descriptors: &[OwnedFd],
-        settings: &Filter,
+        config: &Config,
     ) -> Result<Option<Ended>, BadRequest> {
+        let settings = &config.filter;
         let has_room = self.of_worker(worker) < Self::limit(settings);
         let fork_job = |job: &dyn Fn() -> i32| if has_room { fork_job(job) } else { Err(Errno::EAGAIN) };
         let child = Child { settings, parent: &self.parent };
         let (id, time_limit, forked) = match request {
-            Request::Ready => return Err(BadRequest::NoJob),
+            Request::Ready | Request::Alive => return Err(BadRequest::NoJob),
             Request::Inspect { job, user } => {
                 let report = only(descriptors)?;
                 (*job, FILES_TIME_LIMIT, fork_job(&|| child.inspect(user, report)))
@@ -117,6 +119,11 @@ impl Jobs {
             Request::Log { job, user, text } => {
                 let report = only(descriptors)?;
                 (*job, FILES_TIME_LIMIT, fork_job(&|| child.log(user, text, report)))
+            }
+            Request::Ask { job, question } => {
+                let report = only(descriptors)?;
+                let monitor = getpid();
+                (*job, FILES_TIME_LIMIT, fork_job(&|| answer(question, config, monitor, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
                 let (stdin, stdout, stderr) = match descriptors {

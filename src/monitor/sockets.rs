@@ -4,26 +4,32 @@ use std::{
     fs, io,
     net::TcpListener,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd, RawFd},
         unix::{
             fs::{DirBuilderExt, FileTypeExt, MetadataExt, lchown},
-            net::UnixStream,
+            net::{UnixListener, UnixStream},
         },
     },
     path::{Path, PathBuf},
     rc::Rc,
 };
 
-use nix::sys::{
-    socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
-    stat::{Mode, fchmod, umask},
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::{
+        socket::{
+            AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind,
+            getsockname, getsockopt, listen, socket, sockopt,
+        },
+        stat::{Mode, fchmod, umask},
+    },
 };
-
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     config::{DEFAULT_CONTROL, FileMode, Server, SocketAddress},
-    logging::Chain,
+    logging::{Chain, Quoted},
+    sys,
 };
 
 /// A bound socket. The path of a Unix socket is removed when nobody uses it any more.
@@ -44,22 +50,115 @@ pub(super) struct Listeners {
     pub(super) control: Vec<Rc<Listener>>,
 }
 
-/// A socket that can't be bound.
+/// Interfaces that a service manager may have made sockets for, by the names that it gives them (systemd.socket(5),
+/// `FileDescriptorName=`).
+const ACTIVATED: &[&str] = &["milter", "policy", "metrics", "control"];
+
+/// Sockets that were there before us (sd_listen_fds(3)). They take the place of what the configuration would bind for
+/// their interface, and are nobody's to remove.
+#[derive(Debug, Default)]
+pub struct Activated {
+    listeners: Vec<(&'static str, Rc<Listener>)>,
+    /// Names that mean nothing here.
+    unknown: Vec<String>,
+}
+
+/// A socket that can't be used.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address}")]
-pub struct BindError {
-    address: SocketAddress,
-    source: io::Error,
+pub enum BindError {
+    /// It can't be bound.
+    #[error("cannot listen on {address}")]
+    Bind {
+        /// Where.
+        address: SocketAddress,
+        /// Why.
+        source: io::Error,
+    },
+    /// What the service manager gave us is none.
+    #[error("socket {name} (descriptor {descriptor}) of the service manager can't be used")]
+    Activated {
+        /// What the manager calls it.
+        name: String,
+        /// Its number.
+        descriptor: RawFd,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Activated {
+    /// Takes over what whoever started us says there is. To be called once, before anything is opened.
+    ///
+    /// # Errors
+    ///
+    /// [`BindError`] if one is no listening stream socket. One with an unknown name is logged and closed.
+    pub fn take() -> Result<Self, BindError> {
+        let unusable =
+            |name: &str, descriptor, source| BindError::Activated { name: name.into(), descriptor, source };
+        let mut activated = Self::default();
+        let given =
+            sd_notify::listen_fds_with_names().map_err(|source| unusable("LISTEN_FDS", -1, source))?;
+        for (descriptor, name) in given {
+            match ACTIVATED.iter().find(|known| **known == name) {
+                Some(known) => {
+                    let listener = Listener::activated(sys::adopt(descriptor))
+                        .map_err(|source| unusable(&name, descriptor, source))?;
+                    activated.listeners.push((*known, Rc::new(listener)));
+                }
+                // Whoever calls closes what is not ours.
+                None => activated.unknown.push(name),
+            }
+        }
+        Ok(activated)
+    }
+
+    /// Their numbers.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        self.listeners.iter().map(|(_, listener)| listener.descriptor.as_raw_fd()).collect()
+    }
+
+    /// What the manager has made, or the configuration says, in vain.
+    pub(super) fn log_ignored(&self, server: &Server) {
+        for name in &self.unknown {
+            warn!("socket {} of the service manager is not used: no such interface", Quoted(name));
+        }
+        let configured = [
+            ("milter", !server.milter.is_empty()),
+            ("policy", !server.policy.is_empty()),
+            ("metrics", server.metrics.is_some()),
+            ("control", server.control.0.is_some()),
+        ];
+        for (name, is_configured) in configured {
+            if is_configured && self.of(name).next().is_some() {
+                info!("server.{name} is not used: the service manager has made the sockets");
+            }
+        }
+    }
+
+    /// The sockets of an interface, if there are any, or else what is bound for it.
+    fn or(
+        &self,
+        interface: &str,
+        bind: impl FnOnce() -> Result<Vec<Rc<Listener>>, BindError>,
+    ) -> Result<Vec<Rc<Listener>>, BindError> {
+        let given: Vec<_> = self.of(interface).cloned().collect();
+        if given.is_empty() { bind() } else { Ok(given) }
+    }
+
+    fn of(&self, interface: &str) -> impl Iterator<Item = &Rc<Listener>> {
+        self.listeners.iter().filter(move |(name, _)| *name == interface).map(|(_, listener)| listener)
+    }
 }
 
 impl Listeners {
-    /// Binds what the configuration wants and `existing` does not have yet.
-    pub(super) fn bind(server: &Server, existing: &Self) -> Result<Self, BindError> {
+    /// Takes what the service manager has made, and for other interfaces binds what the configuration wants and
+    /// `existing` does not have yet.
+    pub(super) fn bind(server: &Server, existing: &Self, activated: &Activated) -> Result<Self, BindError> {
         let get_with = |address: &SocketAddress, mode| match existing.all().find(|l| &l.address == address) {
             Some(listener) => Ok(Rc::clone(listener)),
             None => Listener::bind(address, server, mode)
                 .map(Rc::new)
-                .map_err(|source| BindError { address: address.clone(), source }),
+                .map_err(|source| BindError::Bind { address: address.clone(), source }),
         };
         let get = |address: &SocketAddress| get_with(address, server.socket_mode);
         let get_control = |path: &PathBuf| {
@@ -77,10 +176,10 @@ impl Listeners {
             }
         };
         Ok(Self {
-            milter: server.milter.iter().map(get).collect::<Result<_, _>>()?,
-            policy: server.policy.iter().map(get).collect::<Result<_, _>>()?,
-            metrics: server.metrics.iter().map(get).collect::<Result<_, _>>()?,
-            control: server.control.0.iter().filter_map(get_control).collect::<Result<_, _>>()?,
+            milter: activated.or("milter", || server.milter.iter().map(get).collect())?,
+            policy: activated.or("policy", || server.policy.iter().map(get).collect())?,
+            metrics: activated.or("metrics", || server.metrics.iter().map(get).collect())?,
+            control: activated.or("control", || server.control.0.iter().filter_map(get_control).collect())?,
         })
     }
 }
@@ -92,6 +191,32 @@ impl Listeners {
 }
 
 impl Listener {
+    /// Checks one that somebody else has made.
+    fn activated(descriptor: OwnedFd) -> io::Result<Self> {
+        let other = |what: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        if getsockopt(&descriptor, sockopt::SockType)? != SockType::Stream {
+            return other("not a stream socket (ListenStream=)");
+        }
+        if !getsockopt(&descriptor, sockopt::AcceptConn)? {
+            return other("does not listen (Accept=no)");
+        }
+        let family = getsockname::<SockaddrStorage>(descriptor.as_raw_fd())?.family();
+        let (address, descriptor) = match family {
+            Some(AddressFamily::Inet | AddressFamily::Inet6) => {
+                let listener = TcpListener::from(descriptor);
+                (SocketAddress::Inet(listener.local_addr()?), OwnedFd::from(listener))
+            }
+            Some(AddressFamily::Unix) => {
+                let listener = UnixListener::from(descriptor);
+                let path = listener.local_addr()?.as_pathname().unwrap_or(Path::new("@")).to_owned();
+                (SocketAddress::Unix(path), OwnedFd::from(listener))
+            }
+            _ => return other("neither a Unix socket nor one of TCP"),
+        };
+        fcntl(&descriptor, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(Self { address, descriptor, identity: None })
+    }
+
     fn bind(address: &SocketAddress, server: &Server, mode: FileMode) -> io::Result<Self> {
         match address {
             SocketAddress::Inet(inet) => {
@@ -178,7 +303,6 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixListener;
 
     #[test]
     fn a_stale_socket_is_replaced_a_served_one_and_a_file_are_not() {

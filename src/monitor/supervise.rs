@@ -27,9 +27,11 @@ use nix::{
 use tracing::{error, info, warn};
 
 use super::{
-    BindError,
+    Activated, BindError,
     history::{History, shortened},
     jobs::{Ended, Jobs, WorkerId},
+    manager::Manager,
+    privileges,
     sockets::{Listener, Listeners},
     wire::{Event, MAX_PACKET, Request, decode, encode},
 };
@@ -54,6 +56,15 @@ const MAX_PACKETS_AT_ONCE: usize = 64;
 const MAX_UNREAD: usize = 1024;
 /// A worker that has not left this long after its drain time is killed.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
+
+/// How often workers are asked whether they are alive; more often if the service manager is impatient, so that a worker
+/// that hangs is replaced before all of us are.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// Signs of life to the manager are this many times as rare.
+const PINGS_FOR_A_SIGN: u32 = 4;
+/// A worker that has not answered so many times in a row is killed. Counted, not timed: when the monitor itself was
+/// stopped for an hour (job control, a virtual machine), no worker is at fault.
+const MAX_UNANSWERED: u32 = 4;
 
 /// Why the monitor ends with an error.
 #[derive(Debug, thiserror::Error)]
@@ -89,8 +100,8 @@ fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
 /// # Errors
 ///
 /// [`MonitorError`] if it can't start; later trouble is logged and lived with.
-pub fn serve(config_path: Option<PathBuf>, config: Config) -> Result<(), MonitorError> {
-    serve_with(config_path, config, worker::start)
+pub fn serve(config_path: Option<PathBuf>, config: Config, activated: Activated) -> Result<(), MonitorError> {
+    serve_on(config_path, config, activated, worker::start)
 }
 
 /// Runs one worker to its end, without sockets, and serves its requests as those of any worker: for commands that
@@ -103,7 +114,8 @@ pub fn run_once(
     config: Config,
     run_worker: impl Fn(Inherited) -> i32 + 'static,
 ) -> Result<i32, MonitorError> {
-    let mut monitor = Monitor::start(None, config, Listeners::default(), Box::new(run_worker))?;
+    let mut monitor =
+        Monitor::start(None, config, Listeners::default(), Activated::default(), Box::new(run_worker))?;
     monitor.runs_once = true;
     monitor.run()?;
     monitor.status.ok_or(MonitorError::Worker { misconfigured: false })
@@ -119,8 +131,19 @@ pub fn serve_with(
     config: Config,
     run_worker: fn(Inherited) -> i32,
 ) -> Result<(), MonitorError> {
-    let listeners = Listeners::bind(&config.server, &Listeners::default())?;
-    Monitor::start(config_path, config, listeners, Box::new(run_worker))?.run()
+    serve_on(config_path, config, Activated::default(), run_worker)
+}
+
+fn serve_on(
+    config_path: Option<PathBuf>,
+    config: Config,
+    activated: Activated,
+    run_worker: fn(Inherited) -> i32,
+) -> Result<(), MonitorError> {
+    privileges::reduce();
+    activated.log_ignored(&config.server);
+    let listeners = Listeners::bind(&config.server, &Listeners::default(), &activated)?;
+    Monitor::start(config_path, config, listeners, activated, Box::new(run_worker))?.run()
 }
 
 fn block_signals() -> Result<SignalFd, MonitorError> {
@@ -149,6 +172,12 @@ struct Monitor {
     /// Of the worker that serves.
     settings: Arc<Config>,
     listeners: Listeners,
+    /// Sockets that no configuration can take away.
+    activated: Activated,
+    manager: Manager,
+    /// When workers are next asked whether they are alive.
+    next_ping: Instant,
+    ping_interval: Duration,
     next_id: WorkerId,
     restart: Restart,
     /// Set by SIGHUP.
@@ -184,6 +213,8 @@ struct Worker {
     ready: bool,
     /// It was sent SIGKILL: what it still says is not heard. The kernel may take its time.
     killed: bool,
+    /// How often it was asked in vain whether it is alive.
+    unanswered: u32,
     /// Its channel has something to read, or room to write.
     is_ready: bool,
     started: Instant,
@@ -207,8 +238,12 @@ impl Monitor {
         config_path: Option<PathBuf>,
         config: Config,
         listeners: Listeners,
+        activated: Activated,
         run_worker: Box<dyn Fn(Inherited) -> i32>,
     ) -> Result<Self, MonitorError> {
+        let manager = Manager::new();
+        let impatient = manager.interval().map(|interval| interval / PINGS_FOR_A_SIGN);
+        let ping_interval = impatient.map_or(PING_INTERVAL, |interval| interval.min(PING_INTERVAL));
         let mut monitor = Self {
             history: History::new(config_path.clone()),
             config_path,
@@ -220,6 +255,10 @@ impl Monitor {
             workers: Vec::new(),
             settings: Arc::new(config),
             listeners,
+            activated,
+            manager,
+            next_ping: Instant::now() + ping_interval,
+            ping_interval,
             next_id: 0,
             restart: Restart { pause: BACKOFF.0, at: None },
             reload_wanted: false,
@@ -278,6 +317,8 @@ impl Monitor {
         workers
             .chain(self.jobs.next_deadline())
             .chain(self.restart.at)
+            .chain([self.next_ping])
+            .chain(self.manager.next_deadline())
             .chain(self.stopping.map(|stop| stop.at))
             .min()
     }
@@ -342,6 +383,7 @@ impl Monitor {
                 error!(pid = %worker.pid, ?end, pause = ?self.restart.pause, "worker died; starting another");
                 self.history.worker_died(format!("worker {}: {end:?}", worker.pid));
                 self.restart.later();
+                self.manager.status("the worker died; starting another");
             }
         }
         Ok(())
@@ -365,9 +407,15 @@ impl Monitor {
         let Some(at) = self.workers.iter().position(|worker| worker.id == id && !worker.killed) else {
             return;
         };
+        let is_candidate = self.workers[at].role == Role::Candidate;
+        if is_candidate || !self.served {
+            self.manager.ready("serving");
+        } else {
+            self.manager.status("serving");
+        }
         self.served = true;
         let settings = Arc::clone(&self.workers[at].settings);
-        if self.workers[at].role == Role::Candidate {
+        if is_candidate {
             for worker in self.workers.iter_mut().filter(|w| w.role == Role::Serving) {
                 worker.drain(true);
             }
@@ -410,6 +458,7 @@ impl Monitor {
             warn!(pid = %worker.pid, role = ?worker.role, "worker takes too long; ending it");
             worker.kill();
         }
+        self.look_after_workers(now);
         if let Some(stop) = self.stopping {
             if self.workers.is_empty() && self.jobs.is_empty() {
                 info!("stopped");
@@ -434,6 +483,29 @@ impl Monitor {
         ControlFlow::Continue(())
     }
 
+    /// Asks workers whether they are alive, ends those that never answer, and passes the good news on.
+    fn look_after_workers(&mut self, now: Instant) {
+        if self.next_ping <= now {
+            self.next_ping = now + self.ping_interval;
+            for worker in self.workers.iter_mut().filter(|worker| worker.ready && !worker.killed) {
+                if worker.unanswered >= MAX_UNANSWERED {
+                    error!(pid = %worker.pid, role = ?worker.role, "worker does not answer; ending it");
+                    worker.kill();
+                } else {
+                    worker.unanswered += 1;
+                    worker.send(&Event::Ping);
+                }
+            }
+        }
+        // While the daemon ends it is its drain time that counts, and the manager's own limit.
+        let is_well = |worker: &Worker| worker.role == Role::Serving && worker.ready && worker.unanswered < 2;
+        if self.stopping.is_some() || self.workers.iter().any(is_well) {
+            self.manager.sign_of_life(now);
+        } else {
+            self.manager.withhold_until(self.next_ping);
+        }
+    }
+
     /// Starts a candidate with the new configuration; whatever is wrong leaves everything as it is.
     ///
     /// One at a time: a candidate may have accepted connections by the time that another SIGHUP comes, so that it
@@ -444,9 +516,10 @@ impl Monitor {
             return;
         }
         self.reload_wanted = false;
+        self.manager.reloading();
         let outcome =
             Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
-                let listeners = Listeners::bind(&config.server, &self.listeners)?;
+                let listeners = Listeners::bind(&config.server, &self.listeners, &self.activated)?;
                 self.start_worker(Arc::new(config), listeners, Role::Candidate)
             });
         match outcome {
@@ -461,6 +534,7 @@ impl Monitor {
 
     fn reload_failed(&mut self, error: &str) {
         self.history.reload_failed(error);
+        self.manager.ready("serving; the new configuration could not be used");
         for worker in self.workers.iter_mut().filter(|worker| worker.role == Role::Serving) {
             worker.send(&Event::ReloadFailed { error: shortened(error).to_owned() });
         }
@@ -476,11 +550,13 @@ impl Monitor {
             return;
         }
         info!("stopping");
+        self.manager.stopping();
         let at = now + self.settings.server.drain_timeout.0 + DRAIN_MARGIN;
         self.stopping = Some(Stop { at, killed: false });
         self.restart.at = None;
         // Whoever watches is told to the end how far it has come.
         (self.listeners.milter, self.listeners.policy) = Default::default();
+        self.activated = Activated::default();
         self.workers.iter_mut().for_each(|worker| worker.drain(false));
     }
 
@@ -527,6 +603,7 @@ impl Monitor {
             role,
             ready: false,
             killed: false,
+            unanswered: 0,
             is_ready: false,
             started: Instant::now(),
             settings,
@@ -554,6 +631,7 @@ impl Monitor {
             self.workers.iter().flat_map(|worker| worker.listeners.all()).chain(self.listeners.all());
         let mut closed: Vec<RawFd> =
             others.map(|l| l.descriptor.as_raw_fd()).filter(|fd| !kept.contains(fd)).collect();
+        closed.extend(self.activated.descriptors().into_iter().filter(|fd| !kept.contains(fd)));
         closed.extend(self.workers.iter().map(|worker| worker.channel.as_raw_fd()));
         closed.extend([channel.as_raw_fd(), self.signals.as_fd().as_raw_fd(), self.jobs.guard_descriptor()]);
         closed.sort_unstable();
@@ -632,8 +710,10 @@ impl Worker {
                     return Err("ready for the second time".into());
                 }
                 *became_ready = Some(self.id);
+            } else if let Request::Alive = request {
+                self.unanswered = 0;
             } else if let Some(failed) =
-                jobs.start(self.id, &request, &received.descriptors, &self.settings.filter)?
+                jobs.start(self.id, &request, &received.descriptors, &self.settings)?
             {
                 let event = Event::Finished { job: failed.id, end: failed.end, elapsed: 0 };
                 self.send(&event);

@@ -3,11 +3,14 @@
 //! Worker and monitor exchange [`Request`]s and [`Event`]s over a SOCK_SEQPACKET pair, one per packet. A forked
 //! child answers with a [`Report`] on a pipe of the job's own, which the monitor never reads.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::user::User;
+use crate::{
+    resolver::source::Identity,
+    user::{User, UserName},
+};
 
 /// Longest packet, in bytes. One environment variable may have 128 KiB (MAX_ARG_STRLEN of execve(2)), and the
 /// kernel's default socket buffer takes 208 KiB.
@@ -58,6 +61,32 @@ pub enum Request<'a> {
         /// What to append.
         text: &'a str,
     },
+    /// The worker is alive: the answer to [`Event::Ping`].
+    Alive,
+    /// Ask the system, as the worker's own user. Descriptor: the report pipe.
+    Ask {
+        /// The job.
+        job: JobId,
+        /// What.
+        question: Question,
+    },
+}
+
+/// What a worker that has confined itself can't find out alone. Of hosts and files it names only those of the
+/// configuration, by their number there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Question {
+    /// The uid of a user, by NSS.
+    Uid(UserName),
+    /// The addresses of a directory server, by NSS.
+    Host {
+        /// Which `[[resolver]]`.
+        resolver: usize,
+        /// Which of its servers.
+        server: usize,
+    },
+    /// The text of a file that is read again when it changes: aliases(5), virtual(5) and passwd files, in this order.
+    File(usize),
 }
 
 /// What the monitor tells a worker.
@@ -68,6 +97,8 @@ pub enum Event {
         /// Whether to wait for open milter connections to end too, or only for transactions.
         connections: bool,
     },
+    /// Say that you are alive.
+    Ping,
     /// A new configuration could not be used; everything stays as it was.
     ReloadFailed {
         /// Why, cut to less than a kilobyte.
@@ -195,6 +226,12 @@ pub enum Report {
     Refusal(Refusal),
     /// What the user has.
     Inspection(Inspection),
+    /// [`Question::Uid`]; `None`: there is no such user.
+    Uid(Option<u32>),
+    /// [`Question::Host`]
+    Addresses(Vec<IpAddr>),
+    /// [`Question::File`]: the file's bytes follow the report.
+    File(Identity),
 }
 
 /// Why a filter was not run, or a user not inspected.
@@ -282,11 +319,19 @@ pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, Malformed> {
 ///
 /// [`Malformed`]
 pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Malformed> {
-    let malformed = |source| Malformed { length: bytes.len(), source };
-    match postcard::take_from_bytes(bytes).map_err(malformed)? {
+    match decode_first(bytes)? {
         (message, []) => Ok(message),
-        _ => Err(malformed(postcard::Error::DeserializeBadEncoding)),
+        _ => Err(Malformed { length: bytes.len(), source: postcard::Error::DeserializeBadEncoding }),
     }
+}
+
+/// Unpacks a message, and what follows it.
+///
+/// # Errors
+///
+/// [`Malformed`]
+pub fn decode_first<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(T, &'a [u8]), Malformed> {
+    postcard::take_from_bytes(bytes).map_err(|source| Malformed { length: bytes.len(), source })
 }
 
 #[cfg(test)]
@@ -313,6 +358,29 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_a_worker_sends_is_what_the_monitor_reads(
+            job in any::<JobId>(), name in "[a-z][a-z0-9@.]{0,20}", ids in any::<(u32, u32)>(), home in "/[^\0]{0,30}",
+            extension in prop::option::of(any::<String>()), helo in any::<String>(), time_limit in any::<u64>(),
+        ) {
+            let account = crate::user::Account::Virtual { uid: ids.0, gid: ids.1, home: home.into() };
+            let user = User { name: name.try_into().unwrap(), account, program: None };
+            let variables = vec![(Variable::ClientHelo, helo)];
+            let extension = extension.as_deref();
+            let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
+            let request = Request::Run { job, user, phase: Phase::Message, extension, variables, time_limit };
+            let bytes = encode(&request).unwrap();
+            let read: Request = decode(&bytes).unwrap();
+            prop_assert_eq!(format!("{read:?}"), format!("{request:?}"));
+        }
+
+        #[test]
+        fn no_extension_leads_out_of_the_directory(extension in "[./\0a-]{0,6}|(?s).{0,12}") {
+            for name in Phase::Message.candidates(Some(&extension)) {
+                prop_assert!(name.starts_with("message") && !name.contains(['/', '\0']), "{:?}", name);
+            }
+        }
+
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode::<Request>(&bytes);

@@ -218,6 +218,20 @@ mod tests {
 
     proptest! {
         #[test]
+        fn what_is_written_is_read_again(
+            lines in prop::collection::vec((prop_oneof!["[a-z_]{1,12}", Just("sender".into()), Just("helo_name".into())], "[^\n\0]{0,30}"), 1..40),
+        ) {
+            let text: String = lines.iter().map(|(name, value): &(String, String)| format!("{name}={value}\n")).collect();
+            let (requests, error) = decode_in_pieces((text + "\n").as_bytes(), &[]);
+            prop_assert!(error.is_none() && requests.len() == 1);
+            for (name, attribute) in [("sender", Attribute::Sender), ("helo_name", Attribute::HeloName)] {
+                // Of several the last counts.
+                let last = lines.iter().rfind(|(other, _)| other == name).map(|(_, value)| value.as_bytes());
+                prop_assert_eq!(requests[0].bytes(attribute).unwrap_or_default(), last.unwrap_or_default());
+            }
+        }
+
+        #[test]
         fn arbitrary_bytes_never_panic_and_cuts_do_not_matter(
             bytes in prop::collection::vec(prop_oneof![Just(b'\n'), Just(b'='), any::<u8>()], 0..100),
             cuts in prop::collection::vec(0usize..100, 0..5),

@@ -24,7 +24,7 @@ use crate::{
     pipeline::Pipeline,
     recipient::FilterSet,
     reply::Reply,
-    transaction::{Client, Envelope, Interface, RecipientArgument, Sasl},
+    transaction::{self, Client, Envelope, Interface, RecipientArgument, Sasl},
     verdict::Opinion,
     worker::Drain,
 };
@@ -172,7 +172,7 @@ async fn answer(service: &Service, request: &Request) -> Option<Cow<'static, str
         return Some(DUNNO.into());
     };
     let client = client(request);
-    let sender = match Sender::parse(request.bytes(Attribute::Sender).unwrap_or_default()) {
+    let sender = match Sender::from_client(request.bytes(Attribute::Sender).unwrap_or_default()) {
         Ok(sender) => sender,
         Err(error) => {
             let sender = request.get(Attribute::Sender).unwrap_or_default();
@@ -183,7 +183,7 @@ async fn answer(service: &Service, request: &Request) -> Option<Cow<'static, str
     let size = request.get(Attribute::Size).and_then(|size| size.parse().ok());
     let envelope = Envelope {
         interface: Interface::Policy,
-        queue_id: request.get(Attribute::QueueId).map(Cow::into_owned),
+        queue_id: request.get(Attribute::QueueId).and_then(|id| transaction::queue_id(&id)),
         client: Arc::new(client),
         sender,
         declared_size: size.filter(|size| *size > 0),

@@ -20,7 +20,8 @@ use std::{
 
 use crate::{
     address::Address,
-    config::{OnError, Recipients, ResolverConfig},
+    config::{Config, OnError, ResolverConfig},
+    inquiry::Inquiry,
     metrics::{AnswerSource, ResolverMetrics},
     rules::Rules,
     user::{Account, User, UserName},
@@ -80,8 +81,17 @@ pub struct Unavailable {
 pub struct Chain {
     aliases: Aliases,
     resolvers: Vec<Resolver>,
+    inquiry: Inquiry,
     domains: Vec<String>,
     delimiters: String,
+}
+
+/// The files of a configuration, read before a worker confines itself.
+#[derive(Debug)]
+pub struct Files {
+    aliases: Aliases,
+    /// In the order of their resolvers.
+    passwd_files: Vec<(PathBuf, PasswdFile)>,
 }
 
 #[derive(Debug)]
@@ -156,15 +166,60 @@ impl Trace<'_> {
 /// Most addresses that directory entries may lead to, and loops among them.
 const MAX_FORWARDS: usize = 1000;
 
-impl Chain {
-    /// Opens the resolvers of a configuration. `metrics`: where each is counted, or none.
-    pub fn new(resolvers: &[ResolverConfig], recipients: &Recipients, metrics: &[ResolverMetrics]) -> Self {
-        let metrics = metrics.iter().cloned().chain(std::iter::repeat_with(ResolverMetrics::default));
-        let resolvers =
-            resolvers.iter().zip(metrics).map(|(config, metrics)| Resolver::new(config, metrics)).collect();
+impl Files {
+    /// Reads them.
+    pub fn open(config: &Config) -> Self {
+        let passwd_files = config.resolvers.iter().filter_map(|resolver| match resolver {
+            ResolverConfig::PasswdFile(file) => Some((file.path.clone(), PasswdFile::open(&file.path))),
+            ResolverConfig::Passwd(_) | ResolverConfig::Ldap(_) => None,
+        });
         Self {
-            aliases: Aliases::open(&recipients.aliases, &recipients.virtual_aliases),
+            passwd_files: passwd_files.collect(),
+            aliases: Aliases::open(&config.recipients.aliases, &config.recipients.virtual_aliases),
+        }
+    }
+
+    /// `:include:` files, whose paths are in the texts of others.
+    pub fn included(&self) -> Vec<PathBuf> {
+        self.aliases.included_files()
+    }
+}
+
+impl Chain {
+    /// Opens the resolvers of a configuration, for a process that asks the system itself.
+    pub fn open(config: &Config) -> Self {
+        Self::new(config, Files::open(config), Inquiry::Direct, &[])
+    }
+
+    /// The resolvers of a configuration whose files have been read. `metrics`: where each is counted, or none.
+    pub fn new(config: &Config, files: Files, inquiry: Inquiry, metrics: &[ResolverMetrics]) -> Self {
+        let metrics = metrics.iter().cloned().chain(std::iter::repeat_with(ResolverMetrics::default));
+        let mut passwd_files = files.passwd_files.into_iter();
+        let numbered = config.resolvers.iter().enumerate().zip(metrics);
+        let resolvers = numbered.filter_map(|((number, config), metrics)| {
+            let kind = match config {
+                ResolverConfig::Passwd(config) => {
+                    Kind::Passwd(Passwd::new(inquiry.clone(), config.min_uid, metrics.latency.clone()))
+                }
+                ResolverConfig::PasswdFile(_) => {
+                    let (path, file) = passwd_files.next()?;
+                    Kind::PasswdFile(path, file)
+                }
+                ResolverConfig::Ldap(config) => {
+                    let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
+                    let hosts = inquiry.hosts(number);
+                    let resolver = LdapResolver::counted((**config).clone(), hosts, metrics.clone());
+                    Kind::Ldap(servers.join(" "), Box::new(resolver))
+                }
+            };
+            Some(Resolver { kind, metrics })
+        });
+        let resolvers = resolvers.collect();
+        let recipients = &config.recipients;
+        Self {
+            aliases: files.aliases,
             resolvers,
+            inquiry,
             domains: recipients.domains.clone(),
             delimiters: recipients.delimiters.clone(),
         }
@@ -183,10 +238,10 @@ impl Chain {
 
     /// Re-reads files that have changed. Blocks; to be called about once a second.
     pub fn refresh(&self) {
-        self.aliases.refresh();
+        self.aliases.refresh_by(&self.inquiry);
         for resolver in &self.resolvers {
             if let Kind::PasswdFile(_, file) = &resolver.kind {
-                file.refresh();
+                file.refresh_by(&self.inquiry);
             }
         }
     }
@@ -355,23 +410,6 @@ impl Lookup {
 }
 
 impl Resolver {
-    fn new(config: &ResolverConfig, metrics: ResolverMetrics) -> Self {
-        let kind = match config {
-            ResolverConfig::Passwd(config) => {
-                Kind::Passwd(Passwd::new(config.min_uid, metrics.latency.clone()))
-            }
-            ResolverConfig::PasswdFile(config) => {
-                Kind::PasswdFile(config.path.clone(), PasswdFile::open(&config.path))
-            }
-            ResolverConfig::Ldap(config) => {
-                let servers: Vec<_> = config.uri.iter().map(ToString::to_string).collect();
-                let resolver = LdapResolver::counted((**config).clone(), metrics.clone());
-                Kind::Ldap(servers.join(" "), Box::new(resolver))
-            }
-        };
-        Self { kind, metrics }
-    }
-
     /// The name for messages.
     fn label(&self) -> String {
         match &self.kind {
@@ -397,7 +435,7 @@ impl Resolver {
                 let Ok(user) = UserName::try_from(name.local().to_owned()) else {
                     return Ok((Lookup::NotFound, AnswerSource::Cache));
                 };
-                match passwd.lookup(name.local()).await {
+                match passwd.lookup(&user).await {
                     Ok((passwd::Answer::Found, source)) => {
                         let user = User { name: user, account: Account::Passwd, program: None };
                         Ok((Lookup::User(user, None), source))

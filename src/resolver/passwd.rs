@@ -6,7 +6,8 @@ use std::{
 };
 
 use moka::future::Cache;
-use nix::unistd::User as Entry;
+
+use crate::{inquiry::Inquiry, user::UserName};
 
 use crate::metrics::{AnswerSource, Histogram};
 
@@ -16,12 +17,13 @@ const TTL: Duration = Duration::from_secs(10);
 /// Names remembered. Strangers choose them, so there is a bound.
 const CAPACITY: u64 = 10_000;
 
-/// Look-ups by name, off the async threads, since NSS may ask the network.
+/// Look-ups by name. Each costs a process of the monitor's, so that no name is asked about twice in a while.
 #[derive(Debug)]
 pub(super) struct Passwd {
+    inquiry: Inquiry,
     min_uid: u32,
     latency: Histogram,
-    cache: Cache<String, Answer>,
+    cache: Cache<UserName, Answer>,
 }
 
 /// What NSS says of a name.
@@ -37,9 +39,9 @@ pub(super) enum Answer {
 
 impl Passwd {
     /// `min_uid`: users below are system accounts. `latency`: how long NSS takes is counted there.
-    pub(super) fn new(min_uid: u32, latency: Histogram) -> Self {
+    pub(super) fn new(inquiry: Inquiry, min_uid: u32, latency: Histogram) -> Self {
         let cache = Cache::builder().max_capacity(CAPACITY).time_to_live(TTL).build();
-        Self { min_uid, latency, cache }
+        Self { inquiry, min_uid, latency, cache }
     }
 
     /// Looks a login name up; simultaneous questions about one name are asked once.
@@ -47,23 +49,24 @@ impl Passwd {
     /// # Errors
     ///
     /// Why NSS could not be asked. Not remembered.
-    pub(super) async fn lookup(&self, name: &str) -> Result<(Answer, AnswerSource), Arc<std::io::Error>> {
+    pub(super) async fn lookup(
+        &self,
+        name: &UserName,
+    ) -> Result<(Answer, AnswerSource), Arc<std::io::Error>> {
         if let Some(answer) = self.cache.get(name).await {
             return Ok((answer, AnswerSource::Cache));
         }
-        let min_uid = self.min_uid;
-        let owned = name.to_owned();
         let ask = async {
             let started = Instant::now();
-            let entry = tokio::task::spawn_blocking(move || Entry::from_name(&owned)).await;
+            let uid = self.inquiry.uid(name.clone()).await;
             self.latency.observe(started.elapsed());
-            Ok(match entry.map_err(std::io::Error::other)?? {
-                Some(entry) if entry.uid.as_raw() >= min_uid => Answer::Found,
+            Ok(match uid? {
+                Some(uid) if uid >= self.min_uid => Answer::Found,
                 Some(_) => Answer::System,
                 None => Answer::NotFound,
             })
         };
-        let answer = self.cache.try_get_with(name.to_owned(), ask).await?;
+        let answer = self.cache.try_get_with_by_ref(name, ask).await?;
         Ok((answer, AnswerSource::Asked))
     }
 }
@@ -74,14 +77,16 @@ mod tests {
 
     #[tokio::test]
     async fn system_accounts_exist_but_are_not_judged() {
+        let name = |name: &str| UserName::try_from(name.to_owned()).unwrap();
         let latency = Histogram::default();
-        let passwd = Passwd::new(1000, latency.clone());
-        assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Asked));
-        assert_eq!(passwd.lookup("root").await.unwrap(), (Answer::System, AnswerSource::Cache));
-        let nobody = passwd.lookup("umt-nobody-has-this-name").await.unwrap();
+        let passwd = Passwd::new(Inquiry::Direct, 1000, latency.clone());
+        let root = name("root");
+        assert_eq!(passwd.lookup(&root).await.unwrap(), (Answer::System, AnswerSource::Asked));
+        assert_eq!(passwd.lookup(&root).await.unwrap(), (Answer::System, AnswerSource::Cache));
+        let nobody = passwd.lookup(&name("umt-nobody-has-this-name")).await.unwrap();
         assert_eq!(nobody, (Answer::NotFound, AnswerSource::Asked));
         assert_eq!(latency.percentiles().count, 2);
-        let passwd = Passwd::new(0, Histogram::default());
-        assert_eq!(passwd.lookup("root").await.unwrap().0, Answer::Found);
+        let passwd = Passwd::new(Inquiry::Direct, 0, Histogram::default());
+        assert_eq!(passwd.lookup(&root).await.unwrap().0, Answer::Found);
     }
 }

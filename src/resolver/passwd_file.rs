@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::source::{Problem, SourceFile, is_damaged};
 use crate::address::{Address, normalize_domain};
+use crate::inquiry::Inquiry;
 use crate::user::{Account, User, UserName};
 
 /// The two ids above it mean "unchanged" to setresuid(2) and, as -2, "nobody" on some systems.
@@ -41,6 +42,11 @@ impl PasswdFile {
     /// See [`SourceFile::refresh`].
     pub fn refresh(&self) {
         self.source.refresh();
+    }
+
+    /// See [`SourceFile::refresh_by`].
+    pub fn refresh_by(&self, inquiry: &Inquiry) {
+        self.source.refresh_by(inquiry);
     }
 
     /// See [`SourceFile::problems`].
@@ -282,6 +288,8 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
         fs::write(&next, "b:x:2:1::/b:\n").unwrap();
         fs::rename(&next, &path).unwrap();
         assert_eq!(uid(look_up(&file, "a")), 1);
+        // Twice: within one tick of the clock, renaming and writing look the same.
+        file.refresh();
         file.refresh();
         assert_eq!(look_up(&file, "a"), Answer::NotFound);
         assert_eq!(uid(look_up(&file, "b")), 2);

@@ -18,6 +18,9 @@ use std::time::{Duration, SystemTime};
 
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
+
+use crate::inquiry::Inquiry;
 
 /// Largest file taken, in bytes: 64 MiB, about a million aliases, so that a mistake in a path can't eat the memory.
 pub const MAX_SIZE: u64 = 64 * 1024 * 1024;
@@ -100,9 +103,18 @@ struct Seen {
     digest: u64,
 }
 
+/// What was found in a file.
+#[derive(Debug)]
+pub struct Reading {
+    /// As of the moment before it was read.
+    pub(crate) identity: Identity,
+    /// All of it.
+    pub(crate) bytes: Vec<u8>,
+}
+
 /// Differs between a file and its successor, whether that was renamed over it or written into it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Identity {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
     device: u64,
     inode: u64,
     size: u64,
@@ -111,18 +123,25 @@ struct Identity {
     changed: (i64, i64),
 }
 
+/// Why a file can't be used.
 #[derive(Debug, thiserror::Error)]
-enum ReadError {
+pub enum ReadError {
+    /// It can't be read.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// It is a directory, a FIFO, a device.
     #[error("not a regular file")]
     NotRegular,
+    /// It has more than [`MAX_SIZE`].
     #[error("larger than {MAX_SIZE} bytes")]
     TooLarge,
+    /// It belongs to somebody who is not believed.
     #[error("owned by uid {0}, not by root or this process")]
     Owner(u32),
+    /// Anybody could have written it.
     #[error("writable by group or other (mode {0:04o})")]
     Writable(u32),
+    /// It is shorter than before, in the middle of a line: somebody is writing it.
     #[error("cut off: shorter than before, and its last line is unfinished")]
     CutOff,
 }
@@ -199,8 +218,13 @@ impl<T: Default> SourceFile<T> {
     ///
     /// If it cannot be read, the old content stays and the reason is logged once.
     pub fn refresh(&self) {
+        self.refresh_by(&Inquiry::Direct);
+    }
+
+    /// As [`SourceFile::refresh`], for a process that may not open the file itself. To look at it (stat(2)) it may.
+    pub fn refresh_by(&self, inquiry: &Inquiry) {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.read_if_changed(last.seen.as_ref()) {
+        match self.read_if_changed(last.seen.as_ref(), inquiry) {
             Ok(reading) => {
                 if last.failure.take().is_some() {
                     tracing::info!("{}: can be read again", self.path.display());
@@ -223,7 +247,11 @@ impl<T: Default> SourceFile<T> {
         }
     }
 
-    fn read_if_changed(&self, seen: Option<&Seen>) -> Result<Option<(Seen, Vec<u8>)>, ReadError> {
+    fn read_if_changed(
+        &self,
+        seen: Option<&Seen>,
+        inquiry: &Inquiry,
+    ) -> Result<Option<(Seen, Vec<u8>)>, ReadError> {
         let metadata = fs::metadata(&self.path)?;
         // Asked before opening too: opening a device can have effects of its own.
         if !metadata.is_file() {
@@ -232,44 +260,17 @@ impl<T: Default> SourceFile<T> {
         if seen.is_some_and(|seen| !seen.young && seen.identity == Identity::of(&metadata)) {
             return Ok(None);
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
-            .open(&self.path)?;
-        // Taken before reading: a writer who comes in between leaves a later time behind.
-        let metadata = file.metadata()?;
-        self.check(&metadata)?;
-        let young = is_young(&metadata);
-        let mut bytes = Vec::new();
-        file.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > MAX_SIZE {
-            return Err(ReadError::TooLarge);
-        }
+        let Reading { identity, bytes } = match self.owners {
+            Owners::Any => inquiry.read(&self.path)?,
+            Owners::RootOrSelf => read_checked(&self.path, believed_owner)?,
+        };
         let is_shorter = seen.is_some_and(|seen| (bytes.len() as u64) < seen.identity.size);
         // Emptied is a thing that one can mean.
         if is_shorter && bytes.last().is_some_and(|&last| last != b'\n') {
             return Err(ReadError::CutOff);
         }
-        let seen = Seen { identity: Identity::of(&metadata), young, digest: digest(&bytes) };
+        let seen = Seen { young: identity.is_young(), identity, digest: digest(&bytes) };
         Ok(Some((seen, bytes)))
-    }
-
-    fn check(&self, metadata: &Metadata) -> Result<(), ReadError> {
-        if !metadata.is_file() {
-            return Err(ReadError::NotRegular);
-        }
-        if metadata.len() > MAX_SIZE {
-            return Err(ReadError::TooLarge);
-        }
-        if self.owners == Owners::RootOrSelf {
-            if metadata.uid() != 0 && metadata.uid() != geteuid().as_raw() {
-                return Err(ReadError::Owner(metadata.uid()));
-            }
-            if metadata.mode() & 0o022 != 0 {
-                return Err(ReadError::Writable(metadata.mode() & 0o7777));
-            }
-        }
-        Ok(())
     }
 
     fn publish(&self, bytes: &[u8]) {
@@ -324,6 +325,43 @@ impl<T: Default> SourceFile<T> {
     }
 }
 
+/// Reads a file whole.
+pub(crate) fn read(path: &Path) -> Result<Reading, ReadError> {
+    read_checked(path, |_| Ok(()))
+}
+
+fn read_checked(path: &Path, check: fn(&Metadata) -> Result<(), ReadError>) -> Result<Reading, ReadError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(path)?;
+    // Taken before reading: a writer who comes in between leaves a later time behind.
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(ReadError::NotRegular);
+    }
+    if metadata.len() > MAX_SIZE {
+        return Err(ReadError::TooLarge);
+    }
+    check(&metadata)?;
+    let mut bytes = Vec::new();
+    file.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_SIZE {
+        return Err(ReadError::TooLarge);
+    }
+    Ok(Reading { identity: Identity::of(&metadata), bytes })
+}
+
+fn believed_owner(metadata: &Metadata) -> Result<(), ReadError> {
+    if metadata.uid() != 0 && metadata.uid() != geteuid().as_raw() {
+        return Err(ReadError::Owner(metadata.uid()));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        return Err(ReadError::Writable(metadata.mode() & 0o7777));
+    }
+    Ok(())
+}
+
 impl Identity {
     /// Whether it is another file, and what was last done to it is no writing.
     fn was_renamed_over(&self, old: &Self) -> bool {
@@ -339,15 +377,16 @@ impl Identity {
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
-}
 
-/// A time far in the future (a wrong clock) is not young, or the file would be read every second for years.
-fn is_young(metadata: &Metadata) -> bool {
-    let Ok(modified) = metadata.modified() else {
-        return true;
-    };
-    let distance = SystemTime::now().duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
-    distance < TIME_GRANULARITY
+    /// A time far in the future (a wrong clock) is not young, or the file would be read every second for years.
+    fn is_young(&self) -> bool {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let modified = Duration::new(
+            u64::try_from(self.modified.0).unwrap_or(0),
+            u32::try_from(self.modified.1).unwrap_or(0),
+        );
+        now.abs_diff(modified) < TIME_GRANULARITY
+    }
 }
 
 /// Spares a second parsing, and a second log line per problem, when a young file is read again and is the same.
@@ -520,11 +559,11 @@ mod tests {
         fs::write(&path, "one\n").unwrap();
         let source = SourceFile::open(&path, lines);
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_some());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_some());
         set_age(&path, TIME_GRANULARITY + Duration::from_secs(1));
         source.refresh();
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_none());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_none());
     }
 
     #[test]
@@ -536,7 +575,7 @@ mod tests {
         file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
         let source = SourceFile::open(&path, lines);
         let seen = source.last.lock().unwrap().seen.clone().unwrap();
-        assert!(source.read_if_changed(Some(&seen)).unwrap().is_none());
+        assert!(source.read_if_changed(Some(&seen), &Inquiry::Direct).unwrap().is_none());
     }
 
     #[test]

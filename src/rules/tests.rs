@@ -1,5 +1,6 @@
 //! The promises of `rules.toml`, key by key and error by error.
 
+mod plain;
 mod reference;
 
 use super::*;

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     io,
+    net::IpAddr,
     os::fd::{AsRawFd, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
@@ -21,23 +22,32 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch},
     time::timeout,
 };
-use tracing::error;
+use tracing::{debug, error, warn};
 
 use crate::{
     monitor::{
-        self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Refusal, Report,
-        Request, Variable,
+        self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Question, Refusal,
+        Report, Request, Variable,
     },
+    resolver::source::{MAX_SIZE, Reading},
     shares::Shares,
     sys,
-    user::User,
+    user::{User, UserName},
 };
 
 /// Inspections under way at a time; the monitor allows 32 jobs that only touch files.
 const MAX_INSPECTIONS: usize = 16;
 
-/// Entries for users' logs being written at a time. Together with [`MAX_INSPECTIONS`] no more than the monitor allows.
+/// Entries for users' logs being written at a time.
 const MAX_LOG_ENTRIES: usize = 8;
+
+/// Questions to the system under way at a time. Together with [`MAX_INSPECTIONS`] and [`MAX_LOG_ENTRIES`] no more than
+/// the monitor allows, so that filters keep their places.
+const MAX_QUESTIONS: usize = 8;
+
+/// How long a question to the system may take, the wait for its turn included: a user database that hangs must not hold
+/// up the answer to the MTA for longer than that.
+const QUESTION_TIME_LIMIT: Duration = Duration::from_secs(15);
 
 /// How long the worker waits for an inspection, or an entry. The monitor ends the child after 10 s, unless the kernel
 /// holds it.
@@ -52,6 +62,9 @@ pub(super) const MAX_OUTPUT: usize = 32 * 1024;
 
 /// Bytes kept of a filter's standard error.
 pub(super) const MAX_ERROR_OUTPUT: usize = 16 * 1024;
+
+/// Longest answer to a question, without a file's text.
+const MAX_REPORT_LENGTH: usize = 64 * 1024;
 
 /// How the drain is to go, once the monitor has asked for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +81,7 @@ pub struct Monitor {
     next_job: AtomicU32,
     inspections: Limit,
     log_entries: Limit,
+    questions: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
 }
@@ -126,6 +140,16 @@ pub enum InspectError {
     /// The system refuses something basic.
     #[error("cannot ask the monitor")]
     System(#[from] io::Error),
+}
+
+/// A report that is no answer.
+impl From<Report> for InspectError {
+    fn from(report: Report) -> Self {
+        match report {
+            Report::Refusal(refusal) => refusal.into(),
+            _ => Self::NoAnswer,
+        }
+    }
 }
 
 impl From<Refusal> for InspectError {
@@ -188,6 +212,7 @@ impl Monitor {
             next_job: AtomicU32::new(0),
             inspections: Limit::new(MAX_INSPECTIONS),
             log_entries: Limit::new(MAX_LOG_ENTRIES),
+            questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
         })
@@ -222,7 +247,7 @@ impl Monitor {
         let bytes = self.ask_about_files(&self.inspections, user, request).await?;
         match monitor::decode(&bytes) {
             Ok(Report::Inspection(inspection)) => Ok(inspection),
-            Ok(Report::Refusal(refusal)) => Err(refusal.into()),
+            Ok(other) => Err(other.into()),
             Err(_) => Err(InspectError::NoAnswer),
         }
     }
@@ -244,6 +269,59 @@ impl Monitor {
         }
     }
 
+    /// The uid of a user of the host; `None`: there is no such user.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn uid(&self, name: UserName) -> Result<Option<u32>, InspectError> {
+        match self.ask(Question::Uid(name)).await? {
+            (Report::Uid(uid), _) => Ok(uid),
+            (other, _) => Err(other.into()),
+        }
+    }
+
+    /// Where a directory server is.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn addresses(&self, host: Question) -> Result<Vec<IpAddr>, InspectError> {
+        match self.ask(host).await? {
+            (Report::Addresses(addresses), _) => Ok(addresses),
+            (other, _) => Err(other.into()),
+        }
+    }
+
+    /// Reads a file of the configuration, named by its number.
+    ///
+    /// # Errors
+    ///
+    /// [`InspectError`]
+    pub async fn read(&self, number: usize) -> Result<Reading, InspectError> {
+        match self.ask(Question::File(number)).await? {
+            (Report::File(identity), bytes) => Ok(Reading { identity, bytes }),
+            (other, _) => Err(other.into()),
+        }
+    }
+
+    async fn ask(&self, question: Question) -> Result<(Report, Vec<u8>), InspectError> {
+        debug!(?question, "asking the system");
+        let limit = match question {
+            Question::File(_) => MAX_REPORT_LENGTH + MAX_SIZE as usize,
+            Question::Uid(_) | Question::Host { .. } => MAX_REPORT_LENGTH,
+        };
+        let answer = async {
+            let permit = Arc::clone(&self.questions).acquire_owned().await.ok();
+            self.ask_child([None, permit], limit, |job| Request::Ask { job, question }).await
+        };
+        let mut bytes = timeout(QUESTION_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
+        let (report, rest) = monitor::decode_first(&bytes).map_err(|_| InspectError::NoAnswer)?;
+        let head = bytes.len() - rest.len();
+        bytes.drain(..head);
+        Ok((report, bytes))
+    }
+
     /// Has a job done that only touches a few files of a user's, and returns its report.
     async fn ask_about_files<'a>(
         &self,
@@ -253,12 +331,22 @@ impl Monitor {
     ) -> Result<Vec<u8>, InspectError> {
         let permits = timeout(FILES_TIME_LIMIT, limit.take(user)).await;
         let permits = permits.map_err(|_| InspectError::NoAnswer)?;
+        self.ask_child(permits, MAX_REPORT, request).await
+    }
+
+    /// Has a job done by a child that only reports, and returns the report.
+    async fn ask_child<'a>(
+        &self,
+        permits: Permits,
+        max_report: usize,
+        request: impl FnOnce(JobId) -> Request<'a>,
+    ) -> Result<Vec<u8>, InspectError> {
         let (report, theirs) = report_pipe()?;
         let (job, ended) = self.new_job(permits);
         self.send(job, &request(job), &[&theirs]).await?;
         drop(theirs);
         let mut bytes = Vec::new();
-        let mut report = pipe::Receiver::from_owned_fd(report)?.take(MAX_REPORT as u64);
+        let mut report = pipe::Receiver::from_owned_fd(report)?.take(max_report as u64);
         let answer = async {
             report.read_to_end(&mut bytes).await?;
             // The child's slot is free only when the monitor has reaped it.
@@ -370,6 +458,12 @@ impl Monitor {
                 Ok(Event::Finished { job, end, elapsed }) => {
                     if let Some(waiting) = self.waiting().remove(&job) {
                         let _ = waiting.sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
+                    }
+                }
+                // By a task of the runtime: who answers here can answer others.
+                Ok(Event::Ping) => {
+                    if let Err(error) = self.send_packet(&Request::Alive, &[]).await {
+                        warn!("the monitor can't be answered: {error}");
                     }
                 }
                 Ok(Event::Drain { connections }) => {

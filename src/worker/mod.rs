@@ -3,6 +3,7 @@
 
 mod accept;
 mod channel;
+mod confine;
 mod http;
 
 use std::{
@@ -12,15 +13,17 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use caps::CapSet;
 use nix::{
     sys::{
         prctl,
         resource::{Resource, getrlimit, setrlimit},
         signal::Signal,
+        stat::{Mode, umask},
     },
     unistd::{Gid, Pid, Uid, User, getgrouplist, getppid, setgroups, setresgid, setresuid},
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::{runtime::Runtime, sync::watch, time::timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
@@ -29,12 +32,15 @@ pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 
 use crate::{
     config::Config,
+    inquiry::Inquiry,
     logging::{Chain, tell_lost},
     metrics::{Metrics, Service},
     milter,
     monitor::History,
     pipeline::Pipeline,
-    policy, sys,
+    policy,
+    resolver::{self, Files},
+    sys,
 };
 
 /// How often files of the configuration (aliases, passwd-files) are looked at. A change in place takes two looks.
@@ -66,7 +72,7 @@ pub const MISCONFIGURED: i32 = 78;
 
 /// Why a worker can't serve.
 #[derive(Debug, thiserror::Error)]
-enum WorkerError {
+pub(crate) enum WorkerError {
     #[error("{what}")]
     System { what: &'static str, source: std::io::Error },
     #[error("user {0} does not exist; create it, or set server.user to an unprivileged account")]
@@ -85,7 +91,27 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
-    in_runtime(inherited, async |inherited| serve(inherited).await.map(|()| 0))
+    let threads = threads();
+    in_confined_process(inherited, |inherited, files| {
+        runtime(threads)?.block_on(serve(inherited, files)).map(|()| 0)
+    })
+}
+
+/// As [`start`], with something else than to serve: what a worker can't do is tested with one that tries.
+pub fn start_with(inherited: Inherited, body: impl FnOnce(Inherited) -> i32) -> i32 {
+    in_confined_process(inherited, |inherited, _| Ok(body(inherited)))
+}
+
+fn in_confined_process(
+    inherited: Inherited,
+    body: impl FnOnce(Inherited, Files) -> Result<i32, WorkerError>,
+) -> i32 {
+    in_process(inherited, |inherited| {
+        // The last files of the configuration that this process opens by itself.
+        let files = Files::open(&inherited.settings);
+        confine::confine(&inherited.settings, &files.included());
+        body(inherited, files)
+    })
 }
 
 /// The same for a worker that serves nobody: drops its privileges, then does what a command wants.
@@ -93,28 +119,24 @@ pub fn start_for_command<F>(inherited: Inherited, command: impl FnOnce(Arc<Confi
 where
     F: Future<Output = i32>,
 {
-    in_runtime(inherited, async |inherited| {
-        let monitor =
-            Monitor::new(inherited.channel, inherited.history).map_err(system("channel to the monitor"))?;
-        monitor.ready().await.map_err(system("telling the monitor"))?;
-        let status = command(inherited.settings, Arc::clone(&monitor)).await;
-        std::mem::forget(monitor);
-        Ok(status)
+    in_process(inherited, |inherited| {
+        runtime(threads())?.block_on(async {
+            let monitor = Monitor::new(inherited.channel, inherited.history)
+                .map_err(system("channel to the monitor"))?;
+            monitor.ready().await.map_err(system("telling the monitor"))?;
+            let status = command(inherited.settings, Arc::clone(&monitor)).await;
+            std::mem::forget(monitor);
+            Ok(status)
+        })
     })
 }
 
-fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<i32, WorkerError>) -> i32 {
+fn in_process(inherited: Inherited, body: impl FnOnce(Inherited) -> Result<i32, WorkerError>) -> i32 {
+    // Filters open the message anew, whatever umask whoever started us has.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     // Open until the process is gone: the monitor kills a worker that closes its channel, and why would be lost.
     std::mem::forget(inherited.channel.try_clone());
-    let outcome = prepare_process(&inherited).and_then(|()| {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(threads())
-            .enable_all()
-            .build()
-            .map_err(system("tokio"))?;
-        runtime.block_on(body(inherited))
-    });
-    match outcome {
+    match prepare_process(&inherited).and_then(|()| body(inherited)) {
         Ok(status) => status,
         Err(error) => {
             error!("worker: {}", Chain(&error));
@@ -126,8 +148,14 @@ fn in_runtime(inherited: Inherited, body: impl AsyncFnOnce(Inherited) -> Result<
     }
 }
 
+fn runtime(threads: usize) -> Result<Runtime, WorkerError> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(threads).enable_all().build().map_err(system("tokio"))
+}
+
 /// Half as many as there are processors: the MTA and the filters, for whom the others are, use more of them than the worker
-/// does, and each message that one thread hands to another costs two system calls.
+/// does, and each message that one thread hands to another costs two system calls. Counting them reads files, which a
+/// confined process can't.
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
 }
@@ -147,16 +175,18 @@ fn prepare_process(inherited: &Inherited) -> Result<(), WorkerError> {
         warn!(wanted, hard, "RLIMIT_NOFILE stays at {soft}: {error}");
     }
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("setrlimit"))?;
-    if Uid::effective().is_root() {
-        drop_privileges(&inherited.settings.server.user)?;
-    }
+    drop_privileges(&inherited.settings.server.user)?;
     prctl::set_no_new_privs().map_err(system("prctl(PR_SET_NO_NEW_PRIVS)"))?;
     prctl::set_dumpable(false).map_err(system("prctl(PR_SET_DUMPABLE)"))?;
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(system("prctl(PR_SET_PDEATHSIG)"))?;
     if getppid() == inherited.monitor { Ok(()) } else { Err(WorkerError::Orphan) }
 }
 
-fn drop_privileges(name: &str) -> Result<(), WorkerError> {
+/// Becomes the worker's user for good. Without root nothing can be changed, nor is there anything to lose.
+pub(crate) fn drop_privileges(name: &str) -> Result<(), WorkerError> {
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
     let user = User::from_name(name).map_err(system("getpwnam"))?;
     let user = user.ok_or_else(|| WorkerError::NoUser(name.into()))?;
     if user.uid.is_root() {
@@ -164,6 +194,12 @@ fn drop_privileges(name: &str) -> Result<(), WorkerError> {
     }
     let c_name = std::ffi::CString::new(name).map_err(system("user name"))?;
     let groups = getgrouplist(&c_name, user.gid).map_err(system("getgrouplist"))?;
+    // While there is the right to: nothing that is executed could ever give any back.
+    for set in [CapSet::Bounding, CapSet::Inheritable] {
+        caps::clear(None, set)
+            .map_err(|e| std::io::Error::other(e.to_string()))
+            .map_err(system("capabilities"))?;
+    }
     setgroups(&groups).map_err(system("setgroups"))?;
     setresgid(user.gid, user.gid, user.gid).map_err(system("setresgid"))?;
     setresuid(user.uid, user.uid, user.uid).map_err(system("setresuid"))?;
@@ -174,14 +210,17 @@ fn drop_privileges(name: &str) -> Result<(), WorkerError> {
     if dropped { Ok(()) } else { Err(WorkerError::NotDropped) }
 }
 
-async fn serve(inherited: Inherited) -> Result<(), WorkerError> {
+async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
     let settings = inherited.settings;
     let monitor =
         Monitor::new(inherited.channel, inherited.history).map_err(system("channel to the monitor"))?;
     // Transactions and policy requests under way; connections have trackers of their own.
     let transactions = TaskTracker::new();
     let metrics = Arc::new(Metrics::new(&settings, monitor.history()));
-    let pipeline = Pipeline::new(Arc::clone(&settings), &monitor, transactions.clone(), Arc::clone(&metrics));
+    let inquiry = Inquiry::through(Arc::clone(&monitor), &settings);
+    let resolver = resolver::Chain::new(&settings, files, inquiry, &metrics.resolvers);
+    let pipeline =
+        Pipeline::new(Arc::clone(&settings), &monitor, resolver, transactions.clone(), Arc::clone(&metrics));
     let pipeline = Arc::new(pipeline);
     let drain = monitor.drain();
 

@@ -157,7 +157,7 @@ fn this_program(floor: &str) -> Command {
     command
 }
 
-/// The daemon's own kind of runtime.
+/// As tokio makes it for whoever asks for nothing, with a thread for each processor.
 pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("tokio")
 }

@@ -40,7 +40,7 @@ pub(crate) fn report() {
     let (monitor, worker) = (daemon.pid(), daemon.worker_pid());
     thread::sleep(Duration::from_millis(500));
 
-    println!("| MiB resident at most (proportional share) | monitor | bar | worker | bar |");
+    println!("| MiB resident (proportional share) | monitor | bar | worker | bar |");
     println!("|---|---:|---:|---:|---:|");
     row("idle", monitor, worker, WORKER_BARS.0);
     let message = Message::new(&[PLAIN], 4096);
@@ -79,8 +79,7 @@ pub(crate) fn report() {
 
 fn row(what: &str, monitor: u32, worker: u32, worker_bar: f64) {
     let show = |pid: u32, bar: f64| {
-        // The most that was so far.
-        let (resident, share) = (mebibytes(pid, "status", "VmHWM:"), mebibytes(pid, "smaps_rollup", "Pss:"));
+        let (resident, share) = (mebibytes(pid, "status", "VmRSS:"), mebibytes(pid, "smaps_rollup", "Pss:"));
         let mark = if resident > bar { " **above the bar**" } else { "" };
         format!("{resident:.1} ({share:.1}) | {bar}{mark}")
     };

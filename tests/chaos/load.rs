@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::common::postfix::DOMAIN;
 use super::common::smtp::Reply;
@@ -19,6 +19,9 @@ const MESSAGES: usize = 5;
 
 /// Longer than any time limit of Postfix', so that its answer is seen and not ours.
 const TIMEOUT: Duration = Duration::from_secs(90);
+
+/// Longer than any message takes, be it a gigabyte of output on a busy machine.
+const LONGEST: Duration = Duration::from_secs(60);
 
 /// After a message that could not be offered or was put off: a client that tries at once, again and again, offers
 /// thousands in a second in which nobody takes any.
@@ -114,12 +117,17 @@ impl Client {
         let closing = offer.reply.as_ref().is_some_and(|reply| reply.code == 421);
         if went_well.is_err() || closing {
             self.connection = None;
-        } else if self.offered.is_multiple_of(MESSAGES)
-            && let Some(mut connection) = self.connection.take()
-        {
-            let _ = command(&mut connection, "QUIT");
+        } else if self.offered.is_multiple_of(MESSAGES) {
+            self.quit();
         }
         offer
+    }
+
+    /// Ends the session, if there is one.
+    pub(crate) fn quit(&mut self) {
+        if let Some(mut connection) = self.connection.take() {
+            let _ = command(&mut connection, "QUIT");
+        }
     }
 
     fn try_offer(&mut self, offer: &mut Offer) -> io::Result<()> {
@@ -259,27 +267,22 @@ impl Load {
     pub(crate) fn wait_rogue(&self, more: usize) {
         let offered = || self.rogue.load(Ordering::Relaxed);
         let wanted = offered() + more;
-        let limit = Duration::from_secs(120);
+        let limit = LONGEST * u32::try_from(more).unwrap();
         assert!(wait_until(limit, || offered() >= wanted), "{} of {wanted} offered in {limit:?}", offered());
     }
 
     /// Lets everything go on for a while.
     pub(crate) fn go_on(&self, time: Duration) {
-        let started = Instant::now();
-        std::thread::sleep(time.saturating_sub(started.elapsed()));
+        std::thread::sleep(time);
     }
 
     /// Stops, and returns all that was offered.
     pub(crate) fn finish(mut self) -> Vec<Offer> {
-        self.stop();
-        std::mem::take(&mut self.answered.lock().unwrap())
-    }
-
-    fn stop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         for client in self.clients.drain(..) {
             client.join().unwrap();
         }
+        std::mem::take(&mut self.answered.lock().unwrap())
     }
 }
 

@@ -10,7 +10,7 @@ use super::site::signal;
 
 pub(crate) fn a_killed_worker_costs_no_mail(lane: &Lane) -> Counts {
     with_fault(lane, site(lane), |scene| {
-        for _ in 0..short_or_long(3, 20) {
+        for _ in 0..short_or_long(3, 8) {
             signal(scene.site.daemon.worker_pid(), Signal::SIGKILL);
             scene.site.daemon.wait_for_log("worker died", PATIENCE);
             scene.load.wait_accepted(5);

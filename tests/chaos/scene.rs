@@ -192,6 +192,8 @@ impl Scene<'_> {
     /// Offers a message, which counts like any other; the reply that decided.
     fn probe(&mut self, recipients: &[&'static str]) -> Option<Reply> {
         let offer = self.prober.offer(recipients);
+        // A session that stood idle while a worker was drained would be told 451.
+        self.prober.quit();
         self.probes.push(offer.clone());
         offer.reply.or_else(|| offer.recipients.into_iter().find_map(|(_, reply)| reply))
     }

@@ -35,24 +35,30 @@ impl Usermilter {
     /// Starts it as the invoking user and waits until it logs that it is ready.
     #[track_caller]
     pub fn start(config: &str) -> Self {
-        Self::launch(config, None, &[]).unwrap_or_else(|failure| panic!("{failure}"))
+        Self::launch(config, None, &[], |_| ()).unwrap_or_else(|failure| panic!("{failure}"))
+    }
+
+    /// Starts it with something more in its environment, or other descriptors.
+    #[track_caller]
+    pub fn start_by(config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+        Self::launch(config, None, &[], prepare).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
     /// Starts it as the last arguments of another program, such as valgrind(1), and waits as long as that may take.
     #[track_caller]
     pub fn start_under(wrapper: &[String], config: &str) -> Self {
-        Self::launch(config, None, wrapper).unwrap_or_else(|failure| panic!("{failure}"))
+        Self::launch(config, None, wrapper, |_| ()).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
     /// Starts it as this user, without supplementary groups.
     #[track_caller]
     pub fn start_as(config: &str, uid: u32, gid: u32) -> Self {
-        Self::launch(config, Some((uid, gid)), &[]).unwrap_or_else(|failure| panic!("{failure}"))
+        Self::launch(config, Some((uid, gid)), &[], |_| ()).unwrap_or_else(|failure| panic!("{failure}"))
     }
 
     /// Starts it; `Err` has its exit status and what it wrote if it does not become ready.
     pub fn try_start(config: &str) -> Result<Self, StartFailure> {
-        Self::launch(config, None, &[])
+        Self::launch(config, None, &[], |_| ())
     }
 
     /// The program: the one built with this test, or the one that `USERMILTER` names (an installed one, say).
@@ -61,7 +67,12 @@ impl Usermilter {
             .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_usermilter")), PathBuf::from)
     }
 
-    fn launch(config: &str, user: Option<(u32, u32)>, wrapper: &[String]) -> Result<Self, StartFailure> {
+    fn launch(
+        config: &str,
+        user: Option<(u32, u32)>,
+        wrapper: &[String],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Result<Self, StartFailure> {
         let sandbox = Sandbox::new();
         let config = sandbox.write("usermilter.toml", config);
         let mut program = Self::program();
@@ -80,6 +91,9 @@ impl Usermilter {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // Not what a test run inherits from systemd.
         command.env_remove("NOTIFY_SOCKET").env_remove("JOURNAL_STREAM").env_remove("LISTEN_FDS");
+        command.env_remove("LISTEN_PID").env_remove("LISTEN_FDNAMES");
+        command.env_remove("WATCHDOG_USEC").env_remove("WATCHDOG_PID");
+        prepare(&mut command);
         if let Some((uid, gid)) = user {
             // Being root, the standard library also clears the supplementary groups.
             command.uid(uid).gid(gid);

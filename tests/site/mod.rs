@@ -51,6 +51,7 @@ impl Site {
 user = "nobody"
 milter = {milter:?}
 policy = {policy:?}
+control = "off"
 {server}
 
 [recipients]

@@ -277,7 +277,7 @@ pub(crate) struct Authority {
     scratch: Scratch,
 }
 
-/// A server certificate for 127.0.0.1, and who signed it.
+/// A server certificate for 127.0.0.1 and localhost, and who signed it.
 pub(crate) struct Certificate {
     pub(crate) authority: PathBuf,
     certificate: PathBuf,
@@ -293,7 +293,7 @@ impl Authority {
             &format!(
                 "[ca]\ndefault_ca = own\n[own]\ndatabase = {dir}/index.txt\nnew_certs_dir = {dir}\nrand_serial = yes\n\
                  unique_subject = no\ndefault_md = sha256\npolicy = any\nx509_extensions = server\ncertificate = {dir}/ca.pem\n\
-                 private_key = {dir}/ca.key\n[any]\ncommonName = supplied\n[server]\nsubjectAltName = IP:127.0.0.1\n",
+                 private_key = {dir}/ca.key\n[any]\ncommonName = supplied\n[server]\nsubjectAltName = IP:127.0.0.1,DNS:localhost\n",
                 dir = scratch.path().display()
             ),
         );

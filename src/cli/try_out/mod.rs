@@ -209,7 +209,7 @@ async fn trial(
     let mail = Mail::new(arguments, &format!("{name}@{our_domain}")).map_err(usage)?;
     let Mail { envelope, address, named, argument, all } = &mail;
 
-    let resolver = resolver::Chain::new(&config.resolvers, &config.recipients, &[]);
+    let resolver = resolver::Chain::open(config);
     let found = find_user(&resolver, &user_name).await.map_err(|error| (SOFTWARE, error))?;
     let (user, directory_rules) =
         found.ok_or_else(|| usage(format!("--user: nobody is called \"{name}\"")))?;

@@ -17,6 +17,7 @@ use self::parse::{AliasTable, Entry, IncludeList, Key};
 use self::targets::Item;
 use super::source::{Problem, SourceFile};
 use crate::address::Address;
+use crate::inquiry::Inquiry;
 
 /// How deep files may include each other: Sendmail and Postfix users need 1 or 2.
 const MAX_INCLUDE_DEPTH: usize = 10;
@@ -119,9 +120,14 @@ impl Aliases {
 
     /// Reads what has changed, included files too. Blocks on the file system: not for an async thread.
     pub fn refresh(&self) {
+        self.refresh_by(&Inquiry::Direct);
+    }
+
+    /// As [`Aliases::refresh`]; files that are included, and belong to root or this process, are read by itself.
+    pub fn refresh_by(&self, inquiry: &Inquiry) {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         for source in files.virtuals.iter().chain(&files.aliases) {
-            source.refresh();
+            source.refresh_by(inquiry);
         }
         files.refresh_includes();
         let snapshot = Arc::new(files.snapshot());
@@ -129,6 +135,12 @@ impl Aliases {
         let old = std::mem::replace(&mut *slot, snapshot);
         drop(slot);
         drop(old);
+    }
+
+    /// The files that are included, by whatever text names them now.
+    pub fn included_files(&self) -> Vec<PathBuf> {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.includes.keys().cloned().collect()
     }
 
     /// What was wrong in the texts that are in use, by file; waits while a refresh is under way.

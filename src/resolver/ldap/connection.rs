@@ -2,6 +2,7 @@
 
 use std::{
     error::Error as _,
+    net::SocketAddr,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -17,7 +18,10 @@ use rustls::ClientConfig;
 use tokio::{net::TcpStream, sync::Semaphore, task::JoinHandle, time::timeout};
 
 use super::entry::Entry;
-use crate::config::ldap::{Bind, LdapConfig, LdapUri, Scope};
+use crate::{
+    config::ldap::{Bind, LdapConfig, LdapUri, Scope},
+    inquiry::Hosts,
+};
 
 /// Searches sent and not answered yet. slapd ends a session with more than 100 of them (slapd.conf(5),
 /// conn_max_pending), and up to here it never has to stop reading.
@@ -81,11 +85,19 @@ impl Connection {
     pub(super) async fn open(
         config: &LdapConfig,
         server: usize,
+        hosts: &Hosts,
         tls: Option<Arc<ClientConfig>>,
     ) -> Result<Self, String> {
         let uri = config.uri.get(server).ok_or("no such server")?;
         let limit = config.timeout.0;
-        let (driver, ldap) = within(limit, "connect", connect(config, uri, tls)).await??;
+        let connect = async {
+            let addresses = match uri.tcp() {
+                Some((host, port)) => hosts.addresses(server, host, port).await.map_err(|e| e.to_string())?,
+                None => Vec::new(),
+            };
+            connect(config, uri, &addresses, tls).await
+        };
+        let (driver, ldap) = within(limit, "connect", connect).await??;
         let driver = tokio::spawn(async move {
             // What ends a connection is told by the searches that were waiting.
             let _ = driver.drive().await;
@@ -196,6 +208,7 @@ impl Drop for Connection {
 async fn connect(
     config: &LdapConfig,
     uri: &LdapUri,
+    addresses: &[SocketAddr],
     tls: Option<Arc<ClientConfig>>,
 ) -> Result<(LdapConnAsync, Ldap), String> {
     let mut settings = LdapConnSettings::new().set_starttls(config.starttls);
@@ -203,8 +216,8 @@ async fn connect(
         // Without these ldap3 would trust what the system trusts, whatever ca-file says.
         settings = settings.set_config(tls.ok_or("the authorities' certificates were not read")?);
     }
-    if let Some(address) = uri.tcp() {
-        let stream = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
+    if uri.tcp().is_some() {
+        let stream = TcpStream::connect(addresses).await.map_err(|e| e.to_string())?;
         // Searches are small and many: waiting for a full segment would put each behind the last one's answer.
         stream.set_nodelay(true).map_err(|e| e.to_string())?;
         let stream = stream.into_std().map_err(|e| e.to_string())?;

@@ -27,6 +27,7 @@ use self::{
 use crate::{
     address::Address,
     config::{OnError, ldap::LdapConfig},
+    inquiry::Hosts,
     metrics::{Histogram, ResolverMetrics},
     rules::Rules,
     user::User,
@@ -137,20 +138,21 @@ impl LdapResolver {
         Self::with_timing(config, Timing::default())
     }
 
-    /// As [`LdapResolver::new`]; counts how long servers take and how often they fail.
-    pub fn counted(config: LdapConfig, metrics: ResolverMetrics) -> Self {
-        Self::build(config, Timing::default(), metrics)
+    /// As [`LdapResolver::new`]; counts how long servers take and how often they fail, and may have to ask others where
+    /// they are.
+    pub fn counted(config: LdapConfig, hosts: Hosts, metrics: ResolverMetrics) -> Self {
+        Self::build(config, hosts, Timing::default(), metrics)
     }
 
     /// As [`LdapResolver::new`], with other waits than the built-in ones, for tests that can't wait a minute.
     pub fn with_timing(config: LdapConfig, timing: Timing) -> Self {
-        Self::build(config, timing, ResolverMetrics::default())
+        Self::build(config, Hosts::direct(), timing, ResolverMetrics::default())
     }
 
-    fn build(config: LdapConfig, timing: Timing, metrics: ResolverMetrics) -> Self {
+    fn build(config: LdapConfig, hosts: Hosts, timing: Timing, metrics: ResolverMetrics) -> Self {
         let config = Arc::new(config);
         Self {
-            servers: Arc::new(Servers::new(Arc::clone(&config), timing, metrics.server_failures)),
+            servers: Arc::new(Servers::new(Arc::clone(&config), hosts, timing, metrics.server_failures)),
             latency: metrics.latency,
             attributes: attributes(&config),
             fresh: Cache::builder()

@@ -16,7 +16,7 @@ use super::{
     connection::{Connection, Query, SearchError},
     entry::Entry,
 };
-use crate::config::ldap::LdapConfig;
+use crate::{config::ldap::LdapConfig, inquiry::Hosts};
 
 /// How long a failed server is left alone while a later one of the list answers.
 const RETURN_AFTER: Duration = Duration::from_secs(60);
@@ -68,6 +68,7 @@ pub(super) enum NoEntries {
 #[derive(Debug)]
 pub(super) struct Servers {
     config: Arc<LdapConfig>,
+    hosts: Hosts,
     tls: Option<Arc<ClientConfig>>,
     timing: Timing,
     state: Mutex<State>,
@@ -115,11 +116,12 @@ enum Admission {
 }
 
 impl Servers {
-    pub(super) fn new(config: Arc<LdapConfig>, timing: Timing, failed: Vec<Counter>) -> Self {
+    pub(super) fn new(config: Arc<LdapConfig>, hosts: Hosts, timing: Timing, failed: Vec<Counter>) -> Self {
         let failures = vec![None; config.uri.len()];
         Self {
             tls: config.authorities().and_then(tls_config),
             config,
+            hosts,
             timing,
             state: Mutex::new(State { current: None, failures, outage: None }),
             connecting: tokio::sync::Mutex::new(()),
@@ -238,7 +240,7 @@ impl Servers {
 
     async fn open(&self, server: usize) -> Option<Arc<Connection>> {
         let uri = &self.config.uri[server];
-        match Connection::open(&self.config, server, self.tls.clone()).await {
+        match Connection::open(&self.config, server, &self.hosts, self.tls.clone()).await {
             Ok(connection) => {
                 if self.state().failures[server].take().is_some() {
                     tracing::info!(%uri, "LDAP server answers again");
