@@ -12,7 +12,7 @@ use std::{
     env,
     ffi::{CStr, CString},
     fs::{self, File},
-    io::Write,
+    io::{self, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::ffi::OsStrExt,

@@ -43,6 +43,8 @@ const TESTS: &[Test] = &[
     ("a_worker_that_never_reads_is_ended_and_starts_no_more_than_its_share", flood),
     ("a_flood_of_requests_does_not_hold_up_the_end", flood_and_stop),
     ("a_home_that_the_worker_invents_gives_nothing_of_another_user_away", others_homes),
+    ("questions_are_answered_about_what_the_configuration_names_and_as_the_worker", questions),
+    ("signs_of_life_without_end_harm_nobody", signs_of_life),
     ("requests_without_sense_harm_only_themselves", odd_requests),
     ("while_a_user_edits_a_filter_each_run_is_of_one_version", races::edits),
     ("in_a_directory_that_a_group_may_write_nothing_runs_whatever_is_swapped", races::writable_directory),
@@ -209,6 +211,7 @@ fn malformed() {
         ("ready-twice", "ready for the second time"),
         ("bad-user-name", "malformed message of "),
         ("bad-program-name", "malformed message of "),
+        ("question-without-pipe", "request with 0 descriptors"),
         ("name=", "malformed message of "),
         ("name=+", "malformed message of "),
         ("name=-", "malformed message of "),
@@ -353,6 +356,40 @@ fn others_homes() {
         [(5002, shown(&bob)), (5003, shown(&carol)), (5003, shown(&carol.join("absent")))],
         "{told}"
     );
+}
+
+fn questions() {
+    // One file that the worker's user may read, and one that is root's.
+    let sandbox = Sandbox::new();
+    let (open, closed) =
+        (sandbox.write("aliases", "team: alice\n"), sandbox.write("closed", "team: secret\n"));
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o600)).unwrap();
+    let scene = Scene::with(&format!("[recipients]\naliases = [{open:?}, {closed:?}]"));
+    let monitor = scene.start("questions", None);
+    wait_for(&scene.mark("survived"));
+    let told = fs::read_to_string(scene.mark("told")).unwrap();
+    monitor.stop();
+    assert!(told.contains("file 0 => Exited(0) ") && told.contains("team: alice"), "{told}");
+    assert!(
+        told.contains("uid root => Exited(0) ") && told.contains("\nalice => exited 0, no report\n"),
+        "{told}"
+    );
+    assert!(!told.contains("secret"), "{told}");
+    for line in told.lines().filter(|line| line.starts_with("file ") || line.starts_with("host ")).skip(1) {
+        assert!(line.contains(" => NotRun ") || line.contains(" => Exited(126) "), "{line}\n{told}");
+    }
+    assert_eq!(told.lines().count(), 12, "{told}");
+}
+
+/// Signs of life that nobody asked for, and with descriptors: nothing comes of them, and nothing is kept.
+fn signs_of_life() {
+    for attack in ["many-signs", "sign-with-descriptors"] {
+        let scene = Scene::new();
+        let monitor = scene.start(attack, None);
+        wait_for_within(&scene.mark("survived"), Duration::from_secs(60));
+        wait_for_descriptors(&monitor);
+        monitor.stop();
+    }
 }
 
 fn odd_requests() {

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use nix::unistd::pipe;
 
-use super::stand_in::{Request, StandIn, User, virtual_user};
-use usermilter::monitor::{Phase, Variable};
+use super::stand_in::{Question, Request, StandIn, User, virtual_user};
+use usermilter::monitor::{Event, Phase, Variable};
 
 impl StandIn {
     /// Everything that reads or writes by a home which is another's, as bob: carol helps, and is no more than a user.
@@ -45,6 +46,46 @@ impl StandIn {
         self.send(&Request::Log { job: 4, user, text: "forged\n".into() }, &[theirs.as_raw_fd()]);
         drop(theirs);
         self.end(4, report)
+    }
+
+    /// What the configuration does not name is neither read nor looked up, and what it names is as the worker's user may.
+    pub(super) fn questions(&self) {
+        let mut told = String::new();
+        let mut ask = |what: String, question| {
+            let (report, theirs) = pipe().unwrap();
+            self.send(&Request::Ask { job: 40, question }, &[theirs.as_raw_fd()]);
+            drop(theirs);
+            told += &format!("{what} => {}\n", self.answer(40, report));
+        };
+        for number in [0, 1, 2, 3, u64::from(u32::MAX), u64::MAX] {
+            ask(format!("file {number}"), Question::File(number));
+        }
+        for (resolver, server) in [(0, 0), (1, 0), (u64::MAX, u64::MAX)] {
+            ask(format!("host {resolver} {server}"), Question::Host { resolver, server });
+        }
+        for name in ["root", "umt-nobody-has-this-name"] {
+            ask(format!("uid {name}"), Question::Uid(name.into()));
+        }
+        told += &format!("alice => {}\n", self.outcome(self.alice(), None));
+        self.mark("told", &told);
+    }
+
+    /// How a question ended, and all that was said.
+    fn answer(&self, job: u32, report: OwnedFd) -> String {
+        let mut said = Vec::new();
+        File::from(report).read_to_end(&mut said).unwrap();
+        let end = loop {
+            match self.event(Duration::from_secs(10)) {
+                Some(Event::Finished { job: of, end, .. }) if of == job => break end,
+                Some(_) => (),
+                None => return "no answer".into(),
+            }
+        };
+        format!("{end:?} {}", String::from_utf8_lossy(&said).escape_debug())
+    }
+
+    pub(super) fn ask_without_pipe(&self) {
+        self.send(&Request::Ask { job: 41, question: Question::File(0) }, &[]);
     }
 
     /// After each, a proper request is served.

@@ -37,6 +37,18 @@ pub(super) enum Request {
         user: User,
         text: String,
     },
+    Alive,
+    Ask {
+        job: JobId,
+        question: Question,
+    },
+}
+
+#[derive(Serialize)]
+pub(super) enum Question {
+    Uid(String),
+    Host { resolver: u64, server: u64 },
+    File(u64),
 }
 
 #[derive(Clone, Serialize)]
@@ -161,6 +173,10 @@ impl StandIn {
             "close" => sys::close_in_child(&[self.channel.as_raw_fd()]),
             "foreign-users" => self.foreign_users(),
             "wrong-kinds" => self.wrong_kinds(),
+            "questions" => self.questions(),
+            "many-signs" => (0..20_000).for_each(|_| self.send(&Request::Alive, &[])),
+            "sign-with-descriptors" => self.send(&Request::Alive, &[write.as_raw_fd(); 3]),
+            "question-without-pipe" => self.ask_without_pipe(),
             "others-homes" => self.others_homes(),
             "odd-requests" => self.odd_requests(),
             "races" => self.run_while_others_swap(),
@@ -384,7 +400,11 @@ impl StandIn {
         }
         let mut buffer = [0; 1024];
         let received = sys::receive_with_descriptors(&self.channel, &mut buffer).ok()?;
-        decode(&buffer[..received.length]).ok()
+        let event = decode(&buffer[..received.length]).ok()?;
+        if event == Event::Ping {
+            self.send(&Request::Alive, &[]);
+        }
+        Some(event)
     }
 
     pub(super) fn send(&self, request: &Request, descriptors: &[RawFd]) {
