@@ -99,7 +99,7 @@ def on_process(name, pid, address):
         on("open " + file, opened, proc + file, os.O_RDONLY if file != "fd/1" else os.O_WRONLY)
     on("open mem for writing", opened, proc + "mem", os.O_RDWR)
     for directory in ["fd/", "cwd/", "root/", "map_files/", f"task/{pid}/fd/"]:
-        on("list " + directory, os.listdir, proc + directory)
+        on("list " + directory.replace(str(pid), "PID"), os.listdir, proc + directory)
     for link in ["exe", "cwd", "root", "ns/mnt", "fd/0"]:
         on("follow " + link, os.readlink, proc + link)
     on("write oom_score_adj", write, proc + "oom_score_adj", b"500")
@@ -127,11 +127,14 @@ def on_process(name, pid, address):
 
 
 def victim_of_ones_own():
-    """A process like another user's filter: a session of its own, and the message."""
+    """A process like another user's filter: a session of its own, a file to read and a pipe to write to."""
     ready, done = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        os.dup2(os.open(__file__, os.O_RDONLY), 0)
+        for number in [1, 2]:
+            os.dup2(done, number)
         os.write(done, b"x")
         while True:
             time.sleep(60)
@@ -164,9 +167,7 @@ def on_message(name, descriptor):
     on("change the mode", os.fchmod, descriptor, 0o444)
     on("give away", os.fchown, descriptor, os.getuid(), -1)
     on("set times", os.utime, descriptor, (0, 0))
-    on("set an attribute", os.setxattr, descriptor, "user.x", b"x")
     on("seal", fcntl.fcntl, descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-    on("take a write lease", lease, descriptor)
 
 
 def protect(descriptor):
@@ -175,13 +176,10 @@ def protect(descriptor):
     call("mprotect", ctypes.c_void_p(address), ctypes.c_size_t(4096), mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def lease(descriptor):
-    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-
-
 def link_message(name, descriptor):
-    attempt("give a name", name, lambda: os.link(f"/proc/self/fd/{descriptor}", f"{HOME}/name-{name}", follow_symlinks=True))
+    here, follow = -100, 0x400
+    attempt("give a name", name, call, "linkat", here, f"/proc/self/fd/{descriptor}".encode(),
+            here, f"{HOME}/name-{name}".encode(), follow)
 
 
 # --- files, directories and sockets
@@ -189,7 +187,6 @@ def link_message(name, descriptor):
 def on_file(name, path):
     attempt("read a file", name, read, path)
     attempt("write a file", name, opened, path, os.O_WRONLY)
-    attempt("link to a file", name, os.link, path, f"{HOME}/link-{len(report)}")
     attempt("change a file's mode", name, os.chmod, path, 0o600)
     attempt("rename a file", name, lambda: (os.rename(path, path + ".moved"), os.rename(path + ".moved", path)))
 
@@ -228,7 +225,8 @@ def sweep(secrets):
                 text = read(f"/proc/{pid}/{file}", 1 << 16)
             except OSError:
                 continue
-            seen[file] = seen.get(file, 0) + 1
+            # Those of the kernel's own threads are there for all, and empty.
+            seen[file] = seen.get(file, 0) + bool(text)
             found.update(f"{file}: {secret}" for secret in secrets if secret.encode() in text)
         try:
             os.listdir(f"/proc/{pid}/fd/")
@@ -239,7 +237,8 @@ def sweep(secrets):
 
 
 def main():
-    while not os.path.exists(HOME + "/targets"):
+    deadline = time.monotonic() + 60
+    while not os.path.exists(HOME + "/targets") and time.monotonic() < deadline:
         time.sleep(0.02)
     with open(HOME + "/targets") as file:
         targets = json.load(file)
