@@ -98,7 +98,7 @@ impl Place {
         check_owner(path, metadata.uid(), uid)?;
         let others = if metadata.uid() == uid { OTHERS_MAY_WRITE & 0o007 } else { OTHERS_MAY_WRITE };
         if metadata.mode() & others != 0 {
-            return Err(CheckError::failed(path, "directory is writable by others (chmod go-w)"));
+            return Err(CheckError::failed(path, "directory is writable by group or others (chmod go-w)"));
         }
         Ok(())
     }
