@@ -27,11 +27,11 @@ const OF_MONITOR: f64 = 14.0;
 /// Recorded: the child's up to exec, beside one look at each component of the filter's path.
 const OF_CHILD: f64 = 32.0;
 /// Recorded: the worker's of those in [`MADE_FOR_A_FILTER`].
-const OF_WORKER: f64 = 6.0;
+const OF_WORKER: f64 = 5.0;
 
-/// What the worker does for a filter however busy the machine is. How often it waits, wakes up, and looks whether there
-/// is more, depends on that.
-const MADE_FOR_A_FILTER: [&str; 5] = ["memfd_create", "fchmod", "openat", "pipe2", "sendmsg"];
+/// What the worker does for a filter however busy the machine is. How often it waits, wakes up, or looks after files
+/// meanwhile, depends on that.
+const MADE_FOR_A_FILTER: [&str; 4] = ["memfd_create", "fchmod", "pipe2", "sendmsg"];
 
 /// A build for debugging looks with fcntl(2) whether a descriptor is open before it closes it.
 const NOT_COUNTED: &str = "fcntl";
