@@ -549,7 +549,7 @@ pub struct Examined {
 
 /// `None`: it would refuse.
 #[cfg(fuzzing)]
-pub fn examine(settings: &Filter, user: &User, variables: &[(Variable, String)]) -> Option<Examined> {
+pub fn examine(settings: &Filter, user: &User, variables: &[(Variable, &str)]) -> Option<Examined> {
     let hard_limits = HardLimits::of_process().ok()?;
     let child = Child { settings, monitor: getppid(), hard_limits: &hard_limits };
     let identity = child.identify(user).ok()?;

@@ -320,9 +320,10 @@ mod tests {
         ) {
             let account = crate::user::Account::Virtual { uid: ids.0, gid: ids.1, home: home.into() };
             let user = User { name: name.try_into().unwrap(), account, program: None };
-            let variables = vec![(Variable::ClientHelo, helo)];
-            let request = Request::Run { job, user, phase: Phase::Message, extension, variables, time_limit };
-            let read: Request = decode(&encode(&request).unwrap()).unwrap();
+            let variables = vec![(Variable::ClientHelo, helo.as_str())];
+            let request = Request::Run { job, user, phase: Phase::Message, extension: extension.as_deref(), variables, time_limit };
+            let bytes = encode(&request).unwrap();
+            let read: Request = decode(&bytes).unwrap();
             prop_assert_eq!(format!("{read:?}"), format!("{request:?}"));
         }
 
