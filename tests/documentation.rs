@@ -571,6 +571,51 @@ fn tests_that_documents_name_exist() {
     assert!(count > 10, "the threat model names tests");
 }
 
+/// The threat model is an index: each of its tests stands behind the file, or the directory, that has it, and each test of
+/// whole promises about security is in it.
+#[test]
+fn the_threat_model_names_tests_with_their_files() {
+    let text = fs::read_to_string(root().join("docs/threat-model.md")).unwrap();
+    let mut named = BTreeSet::new();
+    for row in text.lines().filter(|line| line.starts_with("| ")) {
+        let cell = row.trim_end_matches(['|', ' ']).rsplit(" | ").next().unwrap();
+        let mut source = String::new();
+        for word in cell.split('`').skip(1).step_by(2) {
+            if word.starts_with("src/") || word.starts_with("tests/") {
+                source = source_of(Path::new(word));
+            } else if word.matches('_').count() >= 2 && !word.contains(['/', '.', ' ']) {
+                let is_there = [format!("fn {word}("), format!("(\"{word}\", ")];
+                assert!(is_there.iter().any(|form| source.contains(form.as_str())), "{word} in {row}");
+                named.insert(word.to_owned());
+            }
+        }
+    }
+    for directory in ["isolation", "hostile_worker", "confinement"] {
+        let source = source_of(&Path::new("tests").join(directory));
+        let harness =
+            source.split("(\"").skip(1).filter_map(|rest| rest.split_once("\", ").map(|(name, _)| name));
+        let usual = source
+            .split("#[test]\nfn ")
+            .skip(1)
+            .filter_map(|rest| rest.split_once("()").map(|(name, _)| name));
+        let is_sentence =
+            |name: &str| name.contains('_') && name.chars().all(|c| c == '_' || c.is_ascii_lowercase());
+        for name in harness.chain(usual).filter(|name| is_sentence(name)) {
+            assert!(named.contains(name), "docs/threat-model.md does not name {name} of tests/{directory}");
+        }
+    }
+}
+
+/// The text of a source, or of all in a directory.
+fn source_of(path: &Path) -> String {
+    if !root().join(path).is_dir() {
+        return fs::read_to_string(root().join(path))
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+    let sources = names(path).into_iter().filter(|name| name.extension().is_some_and(|kind| kind == "rs"));
+    sources.map(|name| source_of(&name)).collect()
+}
+
 #[test]
 fn manual_pages_are_clean() {
     let pages = ["usermilter.8", "usermilter.toml.5", "usermilter-filter.7"]
