@@ -307,7 +307,7 @@ impl StandIn {
             ("set of events", &events),
             ("counter", &counter),
             ("FIFO", &fifo),
-            ("pipe", &OwnedFd::from(pipe().unwrap().0)),
+            ("pipe", &pipe().unwrap().0),
             ("writable memory", &writable_memory),
             ("channel to the monitor", &self.channel),
         ] {
