@@ -33,6 +33,8 @@ struct Report {
     attempts: Vec<(String, String, String)>,
     /// The descriptors it began with.
     descriptors: Vec<u32>,
+    /// What its standard input is.
+    input: String,
     /// Its /proc/self/status.
     status: BTreeMap<String, String>,
     /// Whether it leads a session and a process group.
@@ -232,6 +234,7 @@ fn check_filter_of(report: &Report, bob: &Path) {
 fn a_hostile_filter_gets_at_nothing_of_the_daemon_or_of_another_recipient() {
     let (report, bob) = Attack::default().run();
     check_filter_of(&report, &bob);
+    assert!(report.input.starts_with("/memfd:"), "{}", report.input);
     // Known, and in docs/threat-model.md: the path of a filter that runs is there for all to see.
     assert_eq!(report.found, [format!("cmdline: {}", bob.display())]);
     assert!(report.seen["cmdline"] > 1, "{:?}", report.seen);
@@ -241,6 +244,7 @@ fn a_hostile_filter_gets_at_nothing_of_the_daemon_or_of_another_recipient() {
 fn a_message_on_disk_is_out_of_a_hostile_filters_reach_too() {
     let (report, bob) = Attack { length: 300_000, ..Attack::default() }.run();
     check_filter_of(&report, &bob);
+    assert!(report.input.contains("/spool/"), "{}", report.input);
 }
 
 #[test]

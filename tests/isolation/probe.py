@@ -278,6 +278,7 @@ def main():
     result = {
         "attempts": report,
         "descriptors": OWN_DESCRIPTORS,
+        "input": os.readlink("/proc/self/fd/0"),
         "status": dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line),
         "session": os.getsid(0) == os.getpid() == os.getpgrp(),
         "limits": read("/proc/self/limits", 1 << 16).decode(),
