@@ -257,6 +257,32 @@ fn where_processes_are_hidden_a_filter_does_not_see_who_else_has_one() {
 }
 
 #[test]
+fn a_filter_writes_a_few_lines_to_the_log_and_all_under_its_name() {
+    let site = Site::of(&[("alice", own_uid(2))])
+        .filter(
+            "alice",
+            "message",
+            "#!/bin/sh\necho 'told you so' >&2\nprintf '\\n2026-01-01T00:00:00Z ERROR usermilter is off\\r\\033[2J\\n' >&2\n\
+             yes 'again and again' | head -c 50000000 >&2\nexit 77\n",
+        )
+        .start();
+    let seen = site.daemon.log_lines().len();
+    let (answer, _) = site.judge_logged(&["alice@test.example"], b"Subject: x\r\n\r\nx\r\n");
+    assert_eq!(answer.letter(), 'y', "{answer:?}");
+    // What it wrote last, if it were to come.
+    std::thread::sleep(Duration::from_millis(500));
+    let log = site.daemon.log_lines()[seen..].to_vec();
+    assert!(log.iter().any(|line| line.contains("told you so")), "{log:?}");
+    assert!(log.len() <= 25 && log.iter().map(String::len).sum::<usize>() < 32 * 1024, "{log:?}");
+    for line in &log {
+        assert!(
+            line.contains("alice") && !line.starts_with("2026-01-01") && !line.contains(['\r', '\x1b']),
+            "{line}"
+        );
+    }
+}
+
+#[test]
 fn a_filter_has_the_groups_of_its_user_and_no_others() {
     let builder = Site::of(&[]);
     let user = SystemUser::create(&builder.sandbox, "anna");
