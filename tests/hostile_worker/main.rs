@@ -50,6 +50,7 @@ const TESTS: &[Test] = &[
     ("in_a_directory_that_a_group_may_write_nothing_runs_whatever_is_swapped", races::writable_directory),
     ("in_a_sticky_directory_others_names_are_no_filters_whatever_is_swapped", races::sticky_directory),
     ("a_home_behind_a_link_that_is_swapped_runs_nothing_and_tells_nothing", races::home_behind_a_link),
+    ("a_child_on_its_way_to_a_filter_can_not_be_looked_into_by_its_user", races::looks_into_a_child),
     ("while_directories_are_mounted_over_each_other_only_the_users_own_filters_run", races::mounts),
 ];
 

@@ -39,6 +39,8 @@ struct Race {
     executed: u32,
     /// Inspections that told what is secret.
     leaks: u32,
+    /// What the attacker wrote down.
+    notes: String,
     /// Program and uid, and how often it ran.
     ran: BTreeMap<(String, u32), u32>,
 }
@@ -67,7 +69,7 @@ impl Race {
         wait_for_within(&scene.mark("attacks"), LONG);
 
         let script = format!(
-            "import ctypes, os, sys, time\nhomes, stop = sys.argv[1:]\n\
+            "import ctypes, os, sys, time\nhomes, stop, monitor = sys.argv[1:]\n\
              def quiet(f, *a):\n    try: return f(*a)\n    except OSError: return None\n\
              mount = ctypes.CDLL(None, use_errno=True).mount\n\
              umount = ctypes.CDLL(None, use_errno=True).umount2\n\
@@ -82,7 +84,11 @@ impl Race {
             command.uid(attacker).gid(attacker);
         }
         command.arg("/usr/bin/python3").args(["-c", &script]).arg(scene.users.homes());
-        command.arg(scene.mark("raced")).stdin(Stdio::null()).stdout(Stdio::piped());
+        command
+            .arg(scene.mark("raced"))
+            .arg(monitor.pid().to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         let attack = command.spawn().unwrap();
         fs::write(scene.mark("begin"), "").unwrap();
         wait_for_within(&scene.mark("raced"), LONG);
@@ -97,7 +103,9 @@ impl Race {
             let program = name.rsplit_once('-').unwrap().0.to_owned();
             *ran.entry((program, entry.metadata().unwrap().uid())).or_default() += 1;
         }
-        let race = Race { swaps: swaps.trim().parse().unwrap(), executed: counts[0], leaks: counts[1], ran };
+        let swaps = swaps.trim().parse().unwrap();
+        let notes = fs::read_to_string(alice(&scene, "notes")).unwrap_or_default();
+        let race = Race { swaps, executed: counts[0], leaks: counts[1], notes, ran };
         println!("  {} runs, {} inspections: {race:?}", TIMES, TIMES);
         assert!(race.swaps >= 20, "{race:?}");
         assert_eq!(race.leaks, 0, "{race:?}");
@@ -219,6 +227,33 @@ pub(super) fn home_behind_a_link() {
          \x20   os.rename(homes + '/bob/next', homes + '/bob/way')",
     );
     race.only(&[]);
+}
+
+/// No swap, but the same race: a child of the monitor that is alice already, and not yet her filter, has the monitor's
+/// memory, with passwords for directories in it. She may stop it, and may not look into it.
+pub(super) fn looks_into_a_child() {
+    let race = Race::run(
+        |_| (),
+        5001,
+        "name = open(f'/proc/{monitor}/comm').read()\n\
+         if n == 1: caught = executed = looks = 0\n\
+         for pid in open(f'/proc/{monitor}/task/{monitor}/children').read().split():\n\
+         \x20   if not quiet(lambda: os.kill(int(pid), 19) or 1): continue\n\
+         \x20   state = lambda: open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()[0]\n\
+         \x20   until = time.monotonic() + 1\n\
+         \x20   while quiet(state) not in ('T', 'Z', 'X', None) and time.monotonic() < until: pass\n\
+         \x20   if quiet(state) == 'T':\n\
+         \x20       files = [lambda f=f: open(f'/proc/{pid}/{f}', 'rb').fileno() for f in ('mem', 'environ', 'maps')]\n\
+         \x20       seen = [quiet(f) is not None for f in files] + [quiet(os.listdir, f'/proc/{pid}/fd') is not None]\n\
+         \x20       if quiet(lambda: open(f'/proc/{pid}/comm').read()) == name: caught += 1; looks += any(seen)\n\
+         \x20       else: executed += all(seen)\n\
+         \x20   quiet(os.kill, int(pid), 18)\n\
+         if n % 50 == 49: open(homes + '/alice/notes', 'w').write(f'{caught} {executed} {looks}')",
+    );
+    race.only(&["alice", "alice-own"]);
+    let counts: Vec<u32> = race.notes.split_whitespace().map(|count| count.parse().unwrap()).collect();
+    // The same looks into what has become her filter succeed.
+    assert!(counts[0] > 0 && counts[1] > 0 && counts[2] == 0, "{race:?}");
 }
 
 /// Versions of a directory that root mounts over each other.
