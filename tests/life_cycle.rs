@@ -231,9 +231,9 @@ fn a_configuration_that_cannot_be_used_changes_nothing() {
     let other = |milter: &[&str]| site.config_on(milter, &[&site.policy], Extra::default());
     // The second line is the first of `[server]`.
     let broken = [
-        ("syntax", format!("{good}\n[filter\n"), ":23:8: "),
+        ("syntax", format!("{good}\n[filter\n"), ":24:8: "),
         ("unknown key", good.replacen("user =", "colour =", 1), ":3:1: "),
-        ("bad value", good.replacen("\"0s\"", "\"0\"", 1), ":20:15: "),
+        ("bad value", good.replacen("\"0s\"", "\"0\"", 1), ":21:15: "),
         ("unbindable path", other(&[&site.milter, &no_directory]), &*no_directory),
         ("foreign address", other(&["inet:192.0.2.1:8890"]), "inet:192.0.2.1:8890"),
         (

@@ -550,9 +550,8 @@ pub struct Examined {
 /// `None`: it would refuse.
 #[cfg(fuzzing)]
 pub fn examine(settings: &Filter, user: &User, variables: &[(Variable, &str)]) -> Option<Examined> {
-    let hard_limits = HardLimits::of_process().ok()?;
-    let child = Child { settings, monitor: getppid(), hard_limits: &hard_limits };
-    let identity = child.identify(user).ok()?;
+    let parent = Parent::this_process().ok()?;
+    let identity = Child { settings, parent: &parent }.identify(user).ok()?;
     let environment = environment(&identity, variables);
     Some(Examined {
         uid: identity.uid.as_raw(),

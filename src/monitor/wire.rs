@@ -365,10 +365,8 @@ mod tests {
         ) {
             let account = crate::user::Account::Virtual { uid: ids.0, gid: ids.1, home: home.into() };
             let user = User { name: name.try_into().unwrap(), account, program: None };
-            let variables = vec![(Variable::ClientHelo, helo)];
-            let extension = extension.as_deref();
-            let variables = variables.iter().map(|(variable, value)| (*variable, value.as_str())).collect();
-            let request = Request::Run { job, user, phase: Phase::Message, extension, variables, time_limit };
+            let variables = vec![(Variable::ClientHelo, helo.as_str())];
+            let request = Request::Run { job, user, phase: Phase::Message, extension: extension.as_deref(), variables, time_limit };
             let bytes = encode(&request).unwrap();
             let read: Request = decode(&bytes).unwrap();
             prop_assert_eq!(format!("{read:?}"), format!("{request:?}"));

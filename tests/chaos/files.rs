@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::fcntl::OFlag;
 use nix::mount::{MsFlags, mount};
@@ -160,17 +160,23 @@ pub(crate) fn a_clock_that_jumps_costs_no_mail(lane: &Lane) -> Counts {
         library.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1")).find(|path| path.exists());
     let library = library.expect("libfaketime is not installed: run tests/install-dependencies");
     let site = site(lane);
-    let clock = site.sandbox.write("clock", "+0\n");
-    // The time of day alone: the kernel's other clocks never jump.
+    // The daemon's time of day is that of this file's last change, which the worker may ask for, though it may read no
+    // file. The kernel's other clocks never jump.
+    let clock = site.sandbox.write("clock", "");
     let site = site
         .env("LD_PRELOAD", library.to_str().unwrap())
-        .env("FAKETIME_TIMESTAMP_FILE", clock.to_str().unwrap())
+        .env("FAKETIME", "%")
+        .env("FAKETIME_FOLLOW_FILE", clock.to_str().unwrap())
         .env("FAKETIME_NO_CACHE", "1")
         .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
         .env("NO_FAKE_STAT", "1");
     with_fault(lane, site, |scene| {
-        for jump in ["+1h", "-1h", "+400d", "-9000d", "+40y", "+0"].repeat(short_or_long(1, 8)) {
-            scene.site.sandbox.write("clock", format!("{jump}\n"));
+        let now = SystemTime::now();
+        let days = |days: u64| Duration::from_secs(days * 86_400);
+        let hour = Duration::from_secs(3600);
+        let times = [now + hour, now - hour, now + days(400), now - days(9000), now + days(15_000), now];
+        for time in times.repeat(short_or_long(1, 8)) {
+            File::options().write(true).open(&clock).unwrap().set_modified(time).unwrap();
             scene.load.wait_accepted(5);
             scene.assert_right();
         }

@@ -15,7 +15,8 @@ use usermilter::user::{Account, User, UserName};
 fuzz_target!(|data: &[u8]| {
     let bytes = over_the_socket(data);
     let _ = (decode::<Event>(data), decode::<Report>(data));
-    let Some(request) = bytes.and_then(|bytes| decode::<Request>(&bytes).ok()) else { return };
+    let Some(bytes) = bytes else { return };
+    let Ok(request) = decode::<Request>(&bytes) else { return };
     let written = encode(&request).expect("what was read can be written");
     let again: Request = decode(&written).expect("what was written can be read");
     assert_eq!(format!("{again:?}"), format!("{request:?}"));

@@ -2,8 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use usermilter::address::Address;
 use usermilter::resolver::passwd_file::{Answer, PasswdFile};
-use usermilter::user::UserName;
+use usermilter::user::{Account, UserName};
 use usermilter_fuzz::{file, lines};
 
 fuzz_target!(|data: &[u8]| {
@@ -15,23 +16,24 @@ fuzz_target!(|data: &[u8]| {
     }
     for line in text.lines().take(20) {
         let name = line.split(':').next().unwrap_or_default().trim_start_matches('\u{feff}');
-        let (local, domain) = name.rsplit_once('@').map_or((name, None), |(l, d)| (l, Some(d)));
-        let (lower, upper) = (users.lookup(local, domain), users.lookup(&local.to_uppercase(), domain));
-        match lower {
-            Answer::Found(entry) => {
-                assert!(
-                    entry.uid != 0 && entry.gid != 0 && entry.uid < u32::MAX - 1 && entry.gid < u32::MAX - 1
-                );
-                assert!(UserName::try_from(entry.name.clone()).is_ok(), "{entry:?}");
-                assert!(entry.home.is_absolute(), "{entry:?}");
-                assert!(!entry.home.to_string_lossy().split('/').any(|part| part == ".."), "{entry:?}");
+        let Ok(address) = Address::parse(name.as_bytes()) else { continue };
+        match users.lookup(&address) {
+            Answer::Found(user) => {
+                let Account::Virtual { uid, gid, home } = &user.account else { panic!("{user:?}") };
+                assert!([*uid, *gid].iter().all(|id| (1..u32::MAX - 1).contains(id)), "{user:?}");
+                assert!(UserName::try_from(user.name.as_str().to_owned()).is_ok(), "{user:?}");
+                assert!(home.is_absolute(), "{user:?}");
+                assert!(!home.to_string_lossy().split('/').any(|part| part == ".."), "{user:?}");
                 // The text has the user word for word.
-                let fields = format!("{}:", entry.name);
+                let fields = format!("{}:", user.name);
                 assert!(
                     text.lines().any(|line| line.trim_start_matches('\u{feff}').starts_with(&fields)),
-                    "{entry:?}"
+                    "{user:?}"
                 );
-                assert!(!local.is_ascii() || upper == Answer::Found(entry));
+                if address.local().is_ascii() {
+                    let upper = address.with_local(address.local().to_uppercase());
+                    assert_eq!(users.lookup(&upper), Answer::Found(user));
+                }
             }
             Answer::NotFound => (),
             Answer::Unavailable(why) => panic!("{why}"),
