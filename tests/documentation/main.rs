@@ -1,7 +1,13 @@
 //! The documentation says what the program does: every key with its default, every exit status, variable, command and
-//! option; every link leads somewhere, every example is understood, every sample filter runs.
+//! option; every link leads somewhere, every sample filter runs, and no command, example or dialogue is there unchecked.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod blocks;
+mod commands;
+#[path = "../common/mod.rs"]
+mod common;
+mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -371,26 +377,6 @@ fn slug(heading: &str) -> String {
     heading.replace(' ', "-").chars().filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_')).collect()
 }
 
-/// Fenced blocks: what stands behind the fence, and the text.
-fn blocks(text: &str) -> Vec<(String, String)> {
-    let mut blocks = Vec::new();
-    let mut open: Option<(usize, String, String)> = None;
-    for line in text.lines() {
-        let indent = line.len() - line.trim_start().len();
-        match (&mut open, line.trim_start().strip_prefix("```")) {
-            (None, Some(info)) => open = Some((indent, info.trim().to_owned(), String::new())),
-            (Some(_), Some(_)) => blocks.extend(open.take().map(|(_, info, text)| (info, text))),
-            (Some((indent, _, text)), None) => {
-                text.push_str(line.get(*indent..).unwrap_or(""));
-                text.push('\n');
-            }
-            (None, None) => (),
-        }
-    }
-    assert!(open.is_none(), "a block is not closed");
-    blocks
-}
-
 /// Literal displays of a manual page: the line before them, and the text.
 fn displays(page: &str) -> Vec<(String, String)> {
     let mut displays = Vec::new();
@@ -420,19 +406,7 @@ fn check_rules_example(place: &str, text: &str) {
 }
 
 #[test]
-fn examples_of_configuration_and_rules_are_understood() {
-    let mut seen = BTreeSet::new();
-    for (name, text) in markdown() {
-        for (info, text) in blocks(&text) {
-            match info.as_str() {
-                "toml" => check_config_example(&name.to_string_lossy(), &text),
-                "toml rules" => check_rules_example(&name.to_string_lossy(), &text),
-                _ => continue,
-            }
-            seen.insert(info);
-        }
-    }
-    assert_eq!(seen.len(), 2);
+fn examples_in_manual_pages_are_understood() {
     for (_, text) in displays(&read("docs/man/usermilter.toml.5")) {
         check_config_example("usermilter.toml(5)", &text);
     }
@@ -473,11 +447,9 @@ fn run_sample(script: &str, mail: &str, values: &[(&str, &str)]) -> Option<(Opti
 }
 
 fn samples() -> Vec<String> {
-    let guide = blocks(&read("docs/writing-filters.md"));
-    let readme = blocks(&read("README.md"));
-    let manual = displays(&read("docs/man/usermilter-filter.7"));
-    let all = guide.into_iter().chain(readme).chain(manual).map(|(_, text)| text);
-    all.filter(|text| text.starts_with("#!")).collect()
+    let documents = blocks::all().into_iter().map(|block| block.text);
+    let manual = displays(&read("docs/man/usermilter-filter.7")).into_iter().map(|(_, text)| text);
+    documents.chain(manual).filter(|text| text.starts_with("#!")).collect()
 }
 
 #[test]
@@ -621,14 +593,37 @@ fn make_help_lists_every_target_and_documents_name_no_other() {
     let listed: BTreeSet<&str> =
         help.lines().filter_map(|line| line.trim().strip_prefix("make ")?.split(' ').next()).collect();
     assert_eq!(listed, targets);
+}
+
+/// Commands in running text, `like this one`, are held against the programs as those in blocks are.
+#[test]
+fn commands_in_running_text_exist() {
+    let mut checked = 0;
     for (name, text) in markdown() {
-        let code = blocks(&text).into_iter().map(|(_, text)| text).collect::<String>();
-        let spans = text.split('`').skip(1).step_by(2).filter(|span| span.starts_with("make "));
-        for line in code.lines().filter(|line| line.trim_start().starts_with("make ")).chain(spans) {
-            let target = line.trim_start()[5..].split([' ', '\n']).next().unwrap();
-            assert!(targets.contains(target), "{}: no target of {line:?}", name.display());
+        for line in text.lines() {
+            for span in line.split('`').skip(1).step_by(2) {
+                let is_command = [
+                    "usermilter ",
+                    "make ",
+                    "cargo ",
+                    "systemctl ",
+                    "apt-get ",
+                    "postconf ",
+                    "tests/fuzz/run ",
+                ];
+                let is_command = is_command.iter().any(|start| span.starts_with(start));
+                // A word in capitals stands for another.
+                let is_form = span
+                    .split([' ', '='])
+                    .any(|word| word.len() > 1 && word.chars().all(|c| c.is_ascii_uppercase()));
+                if is_command && !is_form {
+                    commands::check(span).unwrap_or_else(|fault| panic!("{}: {fault}", name.display()));
+                    checked += 1;
+                }
+            }
         }
     }
+    assert!(checked > 30, "{checked}");
 }
 
 /// The configuration that packages install: everything in it is a comment, each a default or an example that is understood.
