@@ -150,6 +150,12 @@ fn what_nobody_would_check_is_found() {
     assert!(block("sh", "make test && usermilter serve --config x   # and so on").is_ok());
 }
 
+/// Checks what stands elsewhere as if it were a block.
+pub(crate) fn check_text(file: &str, info: &str, text: &str) -> Result<(), String> {
+    let (file, section, info) = (file.to_owned(), String::new(), info.to_owned());
+    check(&Block { file, line: 0, section, info, text: text.to_owned() }, None)
+}
+
 fn check(block: &Block, before: Option<&Block>) -> Result<(), String> {
     let text = block.text.as_str();
     let words: Vec<&str> = block.info.split(' ').collect();

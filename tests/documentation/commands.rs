@@ -13,7 +13,7 @@ use crate::{read, root};
 const USERMILTER: &str = env!("CARGO_BIN_EXE_usermilter");
 
 /// Programs for which the stand-in is called. What is beyond this list is a fault.
-const PROGRAMS: [&str; 20] = [
+const PROGRAMS: [&str; 21] = [
     "usermilter",
     "target/release/usermilter",
     "new/usr/bin/usermilter",
@@ -34,6 +34,7 @@ const PROGRAMS: [&str; 20] = [
     "socat",
     "list_members",
     "m4",
+    "su",
 ];
 
 /// Programs that may do what they do, in a directory of their own.
@@ -86,7 +87,7 @@ fn calls(script: &str) -> Result<Vec<Vec<String>>, String> {
     for input in ["mail", "some-mail", "members"] {
         fs::write(at("work").join(input), "a@example.org\n").unwrap();
     }
-    for name in ["usermilter", "haproxy"] {
+    for name in ["usermilter", "haproxy", "mail"] {
         fs::create_dir_all(at("etc").join(name)).unwrap();
     }
     let etc = at("etc/").display().to_string();
@@ -165,8 +166,19 @@ fn check_call(call: &[&str]) -> Result<(), String> {
         // Run for what they do to the system, in `run_in_private_root`.
         "useradd" | "install" => Ok(()),
         "dpkg-deb" => known(matches!(arguments, ["-x", _, _]), "option"),
-        // Sendmail's own way to make sendmail.cf, as tests/common/sendmail.rs does it.
-        "m4" => Ok(()),
+        // As Sendmail's configuration is made there.
+        "m4" => match arguments {
+            ["-D_CF_DIR_=/usr/share/sendmail/cf/", _] => known(
+                read("tests/common/sendmail.rs")
+                    .contains(r#""-D_CF_DIR_={}/", unpacked().join("usr/share/sendmail/cf")"#),
+                "way",
+            ),
+            _ => Err("no such option".to_owned()),
+        },
+        "su" => match arguments {
+            ["-s", "/bin/sh", "-c", script, _] => check(script),
+            _ => Err("no such option".to_owned()),
+        },
         // HAProxy's socket, which tests/scaling.rs asks by itself, and Mailman.
         "socat" | "list_members" => Ok(()),
         _ => Err("nobody knows this program".to_owned()),

@@ -399,20 +399,17 @@ fn check_config_example(place: &str, text: &str) {
     }
 }
 
-fn check_rules_example(place: &str, text: &str) {
-    if let Err(error) = Rules::parse(text, |_| Some(String::new())) {
-        panic!("{place}: {error}\n{text}");
-    }
-}
-
 #[test]
 fn examples_in_manual_pages_are_understood() {
-    for (_, text) in displays(&read("docs/man/usermilter.toml.5")) {
-        check_config_example("usermilter.toml(5)", &text);
-    }
-    for (mark, text) in displays(&read("docs/man/usermilter-filter.7")) {
-        if mark == ".\\\" toml rules" {
-            check_rules_example("usermilter-filter(7)", &text);
+    // As a block of a document is: a comment before it says how, else it is what the page is about.
+    for (page, usual) in
+        [("usermilter.8", "sh"), ("usermilter.toml.5", "toml"), ("usermilter-filter.7", "sh")]
+    {
+        let displays = displays(&read(&format!("docs/man/{page}")));
+        assert!(!displays.is_empty(), "{page}");
+        for (mark, text) in displays {
+            let info = mark.strip_prefix(".\\\" ").unwrap_or(usual);
+            blocks::check_text(page, info, &text).unwrap_or_else(|fault| panic!("{page}: {fault}\n{text}"));
         }
     }
 }
@@ -624,6 +621,23 @@ fn commands_in_running_text_exist() {
         }
     }
     assert!(checked > 30, "{checked}");
+}
+
+/// Who is called at night finds what to do.
+#[test]
+fn every_alert_has_its_advice() {
+    let alerts = read("docs/alerts.yaml");
+    let alerts: BTreeSet<&str> =
+        alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    let page = read("docs/postmaster.md");
+    let advice: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `Usermilter")?.split_once('`'))
+        .map(|(name, _)| name)
+        .collect();
+    let alerts: BTreeSet<&str> = alerts.iter().filter_map(|name| name.strip_prefix("Usermilter")).collect();
+    assert!(alerts.len() > 5);
+    assert_eq!(advice, alerts, "docs/postmaster.md, docs/alerts.yaml");
 }
 
 /// The configuration that packages install: everything in it is a comment, each a default or an example that is understood.
