@@ -648,11 +648,12 @@ impl Pipeline {
 /// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
 /// spelling.
 fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
-    let named = Address::from_client(&argument.raw);
+    let plain = Address::parse(&argument.raw);
     let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
-    if named.as_ref().is_ok_and(|address| !is_odd(address)) {
-        return named;
+    if plain.as_ref().is_ok_and(|address| !is_odd(address)) {
+        return plain;
     }
+    let named = plain.or_else(|_| Address::from_client(&argument.raw));
     let reading = match (&argument.mailbox, &named) {
         (Some(mailbox), _) => Address::from_client(mailbox.as_bytes()).ok(),
         (None, Ok(address)) => address.without_routing(),

@@ -261,7 +261,7 @@ fn without_a_daemon_it_says_where_it_looked_and_what_to_do() {
     assert!(code == 78 && stderr.contains("tcp.toml:2:11") && stderr.contains("unix:/PATH"), "{stderr}");
     assert_eq!(run(&["--config", "x", "--socket", "y"]).0, 64);
     let (code, help, _) = run(&["--help"]);
-    assert!(code == 0 && help.contains("Examples:") && help.contains("69 if no daemon"), "{help}");
+    assert!(code == 0 && help.contains("Examples:") && help.contains("69  no daemon"), "{help}");
 }
 
 #[test]

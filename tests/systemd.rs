@@ -282,8 +282,9 @@ fn a_socket_of_the_manager_that_is_none_ends_the_start_and_an_unknown_one_is_clo
     daemon.wait_for_log("no such interface", PATIENCE);
     assert_eq!(judge(&site.milter), "550 5.7.1 refused by alice");
     let open = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
-    // As without a manager: 0 to 2, signalfd, two listeners, the channel, the pipe of the guard.
-    assert_eq!(open, 8);
+    // As without a manager: 0 to 2, signalfd, two listeners, the channel, the pipe of the guard; and the control socket, unless
+    // another daemon has it.
+    assert!((8..=9).contains(&open), "{open}");
 }
 
 #[test]

@@ -175,6 +175,11 @@ fn assert_same(who: &str, by_daemon: &BTreeMap<String, Vec<u8>>, by_try: &BTreeM
         // At RCPT TO the time left is told, which passes.
         let comparable = |bytes: &Vec<u8>| {
             let mut text = String::from_utf8_lossy(bytes).into_owned();
+            // The daemon takes from what a setuid program could get what no such program has a use for. Only root can.
+            if who != "root" {
+                let bounding = text.lines().find(|line| line.starts_with("CapBnd:")).map(str::to_owned);
+                text = bounding.map_or_else(|| text.clone(), |line| text.replace(&line, ""));
+            }
             if text.contains("USERMILTER_PHASE=recipient\0") {
                 for seconds in 15..25 {
                     text = text.replace(&format!("USERMILTER_DEADLINE={seconds}"), "USERMILTER_DEADLINE=24");

@@ -114,6 +114,8 @@ pub fn run_once(
     config: Config,
     run_worker: impl Fn(Inherited) -> i32 + 'static,
 ) -> Result<i32, MonitorError> {
+    // Filters get what they get from a daemon.
+    privileges::reduce();
     let mut monitor =
         Monitor::start(None, config, Listeners::default(), Activated::default(), Box::new(run_worker))?;
     monitor.runs_once = true;
