@@ -225,7 +225,7 @@ fn run_in_private_root(calls: &[&Vec<String>]) -> Result<(), String> {
         mkdir "$1/etc" "$1/work"
         mount -t overlay -o "lowerdir=/etc,upperdir=$1/etc,workdir=$1/work" private /etc
         mount -t tmpfs -o mode=755 spool /var/spool
-        if id usermilter 2>/dev/null; then userdel usermilter; fi >&2
+        if id usermilter 2>/dev/null; then userdel --force usermilter; fi >&2
     "#;
     if calls.is_empty() {
         return Ok(());

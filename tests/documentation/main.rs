@@ -623,6 +623,36 @@ fn commands_in_running_text_exist() {
     assert!(checked > 30, "{checked}");
 }
 
+/// Settings and files that running text names, `server.milter` and `src/sys.rs`, are there.
+#[test]
+fn settings_and_files_that_documents_name_exist() {
+    let keys = keys_of_the_program();
+    let (mut settings, mut files) = (0, 0);
+    for (name, text) in markdown() {
+        for span in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
+            let is_word =
+                |word: &str| !word.is_empty() && word.chars().all(|c| c.is_ascii_lowercase() || c == '-');
+            let setting = span.split([' ', '=']).next().unwrap().split_once('.');
+            if let Some((section, key)) = setting
+                && let Some(known) = keys.get(&format!("[{section}]"))
+                && is_word(key)
+                && !["toml", "service", "conf"].contains(&key)
+            {
+                assert!(known.contains(key), "{}: no setting {span}", name.display());
+                settings += 1;
+            }
+            let is_path = ["src/", "tests/", "packaging/", "docs/", "postfix/", "sendmail/", "ldap/"]
+                .iter()
+                .any(|directory| span.starts_with(directory));
+            if is_path && !span.contains(['*', '…', ' ']) {
+                assert!(root().join(span).exists(), "{}: no file {span}", name.display());
+                files += 1;
+            }
+        }
+    }
+    assert!(settings > 50 && files > 50, "{settings}, {files}");
+}
+
 /// Who is called at night finds what to do.
 #[test]
 fn every_alert_has_its_advice() {
