@@ -249,15 +249,19 @@ fn stands_in(text: &str, path: &str) -> Result<(), String> {
     }
 }
 
-fn yaml(text: &str) -> Result<(), String> {
+/// What a document in YAML says.
+pub(crate) fn read_yaml(text: &str) -> Result<serde_json::Value, String> {
     let mut python = Command::new("python3");
     python.args(["-c", "import json, sys, yaml; json.dump(yaml.safe_load(sys.argv[1]), sys.stdout)", text]);
     let output = python.output().map_err(|error| error.to_string())?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned());
     }
-    let value: serde_json::Value =
-        serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())?;
+    serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())
+}
+
+fn yaml(text: &str) -> Result<(), String> {
+    let value = read_yaml(text)?;
     let target = &value["scrape_configs"][0]["static_configs"][0]["targets"][0];
     let ours = format!("metrics = \"inet:{}\"", target.as_str().unwrap_or_default());
     match read("docs/monitoring.md").contains(&ours) {

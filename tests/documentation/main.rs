@@ -30,10 +30,11 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// README.md and its likes, and everything below docs/, with paths relative to the root.
+/// README.md and its likes, there and below, with paths relative to the root.
 fn markdown() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
-    let mut directories = vec![PathBuf::from("docs"), PathBuf::from("postfix"), PathBuf::from("sendmail")];
+    let mut directories =
+        ["docs", "postfix", "sendmail", "ldap", "packaging", "tests"].map(PathBuf::from).to_vec();
     let mut names: Vec<PathBuf> = names(Path::new(""));
     while let Some(directory) = directories.pop() {
         for name in self::names(&directory) {
@@ -656,9 +657,15 @@ fn settings_and_files_that_documents_name_exist() {
 /// Who is called at night finds what to do.
 #[test]
 fn every_alert_has_its_advice() {
-    let alerts = read("docs/alerts.yaml");
-    let alerts: BTreeSet<&str> =
-        alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    let alerts = blocks::read_yaml(&read("docs/alerts.yaml")).unwrap();
+    let groups = alerts["groups"].as_array().unwrap().iter();
+    let rules = groups.flat_map(|group| group["rules"].as_array().unwrap());
+    let alerts: BTreeSet<&str> = rules
+        .map(|rule| {
+            assert!(rule["expr"].is_string() && rule["annotations"]["summary"].is_string(), "{rule}");
+            rule["alert"].as_str().unwrap()
+        })
+        .collect();
     let page = read("docs/postmaster.md");
     let advice: BTreeSet<&str> = page
         .lines()
