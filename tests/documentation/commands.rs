@@ -13,7 +13,7 @@ use crate::{read, root};
 const USERMILTER: &str = env!("CARGO_BIN_EXE_usermilter");
 
 /// Programs for which the stand-in is called. What is beyond this list is a fault.
-const PROGRAMS: [&str; 21] = [
+const PROGRAMS: [&str; 23] = [
     "usermilter",
     "target/release/usermilter",
     "new/usr/bin/usermilter",
@@ -33,12 +33,14 @@ const PROGRAMS: [&str; 21] = [
     "callgrind_annotate",
     "socat",
     "list_members",
+    "jq",
+    "pkill",
     "m4",
     "su",
 ];
 
 /// Programs that may do what they do, in a directory of their own.
-const HARMLESS: [&str; 8] = ["cat", "chmod", "cut", "mkdir", "mv", "rm", "touch", "cp"];
+const HARMLESS: [&str; 9] = ["cat", "chmod", "cp", "cut", "mkdir", "mv", "rm", "tee", "touch"];
 
 const STAND_IN: &str = r#"#!/bin/sh
 { printf '%s\037' "${0#"$STAND_INS/"}" "$@"; echo; } >> "$RECORD"
@@ -84,11 +86,14 @@ fn calls(script: &str) -> Result<Vec<Vec<String>>, String> {
     for name in ["postfix", "sendmail", "packaging", "ldap"] {
         symlink(root().join(name), at("work").join(name)).unwrap();
     }
-    for input in ["mail", "some-mail", "members"] {
+    for input in ["mail", "some-mail", "spam", "members", "new.toml"] {
         fs::write(at("work").join(input), "a@example.org\n").unwrap();
     }
     for name in ["usermilter", "haproxy", "mail"] {
         fs::create_dir_all(at("etc").join(name)).unwrap();
+    }
+    for name in [".local/share/bash-completion/completions", ".zfunc", ".config/fish/completions"] {
+        fs::create_dir_all(at("work").join(name)).unwrap();
     }
     let etc = at("etc/").display().to_string();
     let output = Command::new("/bin/bash")
@@ -165,6 +170,8 @@ fn check_call(call: &[&str]) -> Result<(), String> {
         "haproxy" => known(matches!(arguments, ["-c", "-f", _] | ["-f", ..]), "option"),
         // Run for what they do to the system, in `run_in_private_root`.
         "useradd" | "install" => Ok(()),
+        // The oldest of that name is the monitor.
+        "pkill" => known(arguments == ["-HUP", "-o", "usermilter"], "process"),
         "dpkg-deb" => known(matches!(arguments, ["-x", _, _]), "option"),
         // As Sendmail's configuration is made there.
         "m4" => match arguments {
@@ -179,8 +186,8 @@ fn check_call(call: &[&str]) -> Result<(), String> {
             ["-s", "/bin/sh", "-c", script, _] => check(script),
             _ => Err("no such option".to_owned()),
         },
-        // HAProxy's socket, which tests/scaling.rs asks by itself, and Mailman.
-        "socat" | "list_members" => Ok(()),
+        // HAProxy's socket, which tests/scaling.rs asks by itself; Mailman; and what reads our JSON.
+        "socat" | "list_members" | "jq" => Ok(()),
         _ => Err("nobody knows this program".to_owned()),
     }
 }

@@ -593,6 +593,31 @@ fn make_help_lists_every_target_and_documents_name_no_other() {
     assert_eq!(listed, targets);
 }
 
+/// Help is a document too.
+#[test]
+fn examples_in_help_are_understood() {
+    let commands = listed(&usermilter(&["--help"]).1, "Commands:");
+    let commands = commands.iter().filter_map(|line| line.split(' ').next()).filter(|name| *name != "help");
+    let mut examples = 0;
+    for help in commands.map(|command| usermilter(&[command, "--help"]).1).chain([usermilter(&["--help"]).1])
+    {
+        for line in help.lines().filter(|line| line.starts_with("  usermilter ")) {
+            // What it is for stands apart.
+            let example = line.trim_start().split("   ").next().unwrap();
+            if !is_form(example) {
+                commands::check(example).unwrap_or_else(|fault| panic!("{fault}"));
+                examples += 1;
+            }
+        }
+    }
+    assert!(examples > 10, "{examples}");
+}
+
+/// Whether a word in capitals stands for another.
+fn is_form(command: &str) -> bool {
+    command.split([' ', '=']).any(|word| word.len() > 1 && word.chars().all(|c| c.is_ascii_uppercase()))
+}
+
 /// Commands in running text, `like this one`, are held against the programs as those in blocks are.
 #[test]
 fn commands_in_running_text_exist() {
@@ -610,11 +635,7 @@ fn commands_in_running_text_exist() {
                     "tests/fuzz/run ",
                 ];
                 let is_command = is_command.iter().any(|start| span.starts_with(start));
-                // A word in capitals stands for another.
-                let is_form = span
-                    .split([' ', '='])
-                    .any(|word| word.len() > 1 && word.chars().all(|c| c.is_ascii_uppercase()));
-                if is_command && !is_form {
+                if is_command && !is_form(span) {
                     commands::check(span).unwrap_or_else(|fault| panic!("{}: {fault}", name.display()));
                     checked += 1;
                 }
