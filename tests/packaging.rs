@@ -239,6 +239,10 @@ fn the_debian_package_installs_serves_upgrades_and_leaves_nothing_behind() {
         "/usr/share/doc/usermilter/copyright",
         "/usr/share/doc/usermilter/changelog.gz",
         "/usr/share/doc/usermilter/examples/postfix/main.cf",
+        "/usr/share/doc/usermilter/docs/postmaster.md",
+        "/usr/share/doc/usermilter/docs/alerts.yaml",
+        "/usr/share/doc/usermilter/docs/grafana.json",
+        "/usr/share/doc/usermilter/docs/status.svg",
     ] {
         root.sh(&format!("test -s {file} && dpkg -S {file}"));
     }

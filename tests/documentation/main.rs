@@ -1,7 +1,13 @@
 //! The documentation says what the program does: every key with its default, every exit status, variable, command and
-//! option; every link leads somewhere, every example is understood, every sample filter runs.
+//! option; every link leads somewhere, every sample filter runs, and no command, example or dialogue is there unchecked.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod blocks;
+mod commands;
+#[path = "../common/mod.rs"]
+mod common;
+mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,10 +30,11 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// README.md and its likes, and everything below docs/, with paths relative to the root.
+/// README.md and its likes, there and below, with paths relative to the root.
 fn markdown() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
-    let mut directories = vec![PathBuf::from("docs"), PathBuf::from("postfix"), PathBuf::from("sendmail")];
+    let mut directories =
+        ["docs", "postfix", "sendmail", "ldap", "packaging", "tests"].map(PathBuf::from).to_vec();
     let mut names: Vec<PathBuf> = names(Path::new(""));
     while let Some(directory) = directories.pop() {
         for name in self::names(&directory) {
@@ -371,26 +378,6 @@ fn slug(heading: &str) -> String {
     heading.replace(' ', "-").chars().filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_')).collect()
 }
 
-/// Fenced blocks: what stands behind the fence, and the text.
-fn blocks(text: &str) -> Vec<(String, String)> {
-    let mut blocks = Vec::new();
-    let mut open: Option<(usize, String, String)> = None;
-    for line in text.lines() {
-        let indent = line.len() - line.trim_start().len();
-        match (&mut open, line.trim_start().strip_prefix("```")) {
-            (None, Some(info)) => open = Some((indent, info.trim().to_owned(), String::new())),
-            (Some(_), Some(_)) => blocks.extend(open.take().map(|(_, info, text)| (info, text))),
-            (Some((indent, _, text)), None) => {
-                text.push_str(line.get(*indent..).unwrap_or(""));
-                text.push('\n');
-            }
-            (None, None) => (),
-        }
-    }
-    assert!(open.is_none(), "a block is not closed");
-    blocks
-}
-
 /// Literal displays of a manual page: the line before them, and the text.
 fn displays(page: &str) -> Vec<(String, String)> {
     let mut displays = Vec::new();
@@ -413,32 +400,17 @@ fn check_config_example(place: &str, text: &str) {
     }
 }
 
-fn check_rules_example(place: &str, text: &str) {
-    if let Err(error) = Rules::parse(text, |_| Some(String::new())) {
-        panic!("{place}: {error}\n{text}");
-    }
-}
-
 #[test]
-fn examples_of_configuration_and_rules_are_understood() {
-    let mut seen = BTreeSet::new();
-    for (name, text) in markdown() {
-        for (info, text) in blocks(&text) {
-            match info.as_str() {
-                "toml" => check_config_example(&name.to_string_lossy(), &text),
-                "toml rules" => check_rules_example(&name.to_string_lossy(), &text),
-                _ => continue,
-            }
-            seen.insert(info);
-        }
-    }
-    assert_eq!(seen.len(), 2);
-    for (_, text) in displays(&read("docs/man/usermilter.toml.5")) {
-        check_config_example("usermilter.toml(5)", &text);
-    }
-    for (mark, text) in displays(&read("docs/man/usermilter-filter.7")) {
-        if mark == ".\\\" toml rules" {
-            check_rules_example("usermilter-filter(7)", &text);
+fn examples_in_manual_pages_are_understood() {
+    // As a block of a document is: a comment before it says how, else it is what the page is about.
+    for (page, usual) in
+        [("usermilter.8", "sh"), ("usermilter.toml.5", "toml"), ("usermilter-filter.7", "sh")]
+    {
+        let displays = displays(&read(&format!("docs/man/{page}")));
+        assert!(!displays.is_empty(), "{page}");
+        for (mark, text) in displays {
+            let info = mark.strip_prefix(".\\\" ").unwrap_or(usual);
+            blocks::check_text(page, info, &text).unwrap_or_else(|fault| panic!("{page}: {fault}\n{text}"));
         }
     }
 }
@@ -473,11 +445,9 @@ fn run_sample(script: &str, mail: &str, values: &[(&str, &str)]) -> Option<(Opti
 }
 
 fn samples() -> Vec<String> {
-    let guide = blocks(&read("docs/writing-filters.md"));
-    let readme = blocks(&read("README.md"));
-    let manual = displays(&read("docs/man/usermilter-filter.7"));
-    let all = guide.into_iter().chain(readme).chain(manual).map(|(_, text)| text);
-    all.filter(|text| text.starts_with("#!")).collect()
+    let documents = blocks::all().into_iter().map(|block| block.text);
+    let manual = displays(&read("docs/man/usermilter-filter.7")).into_iter().map(|(_, text)| text);
+    documents.chain(manual).filter(|text| text.starts_with("#!")).collect()
 }
 
 #[test]
@@ -626,9 +596,9 @@ fn manual_pages_are_clean() {
     }
 }
 
-/// The direct dependencies in a section of Cargo.toml.
-fn dependencies(section: &str) -> BTreeSet<String> {
-    let manifest: toml::Table = read("Cargo.toml").parse().unwrap();
+/// The direct dependencies in a section of a manifest.
+fn dependencies(manifest: &str, section: &str) -> BTreeSet<String> {
+    let manifest: toml::Table = read(manifest).parse().unwrap();
     manifest[section].as_table().unwrap().keys().cloned().collect()
 }
 
@@ -641,8 +611,12 @@ fn every_dependency_has_its_reason() {
         names.filter(|name| !["crate", "---"].contains(&name.as_str())).collect()
     };
     let (program, tests) = text.split_once("For tests only").unwrap();
-    assert_eq!(rows(program), dependencies("dependencies"));
-    assert_eq!(rows(tests), dependencies("dev-dependencies"));
+    let of_program = dependencies("Cargo.toml", "dependencies");
+    assert_eq!(rows(program), of_program);
+    let mut of_tests = dependencies("tests/fuzz/Cargo.toml", "dependencies");
+    of_tests.retain(|name| name != "usermilter" && !of_program.contains(name));
+    of_tests.extend(dependencies("Cargo.toml", "dev-dependencies"));
+    assert_eq!(rows(tests), of_tests);
 }
 
 #[test]
@@ -662,14 +636,111 @@ fn make_help_lists_every_target_and_documents_name_no_other() {
     let listed: BTreeSet<&str> =
         help.lines().filter_map(|line| line.trim().strip_prefix("make ")?.split(' ').next()).collect();
     assert_eq!(listed, targets);
-    for (name, text) in markdown() {
-        let code = blocks(&text).into_iter().map(|(_, text)| text).collect::<String>();
-        let spans = text.split('`').skip(1).step_by(2).filter(|span| span.starts_with("make "));
-        for line in code.lines().filter(|line| line.trim_start().starts_with("make ")).chain(spans) {
-            let target = line.trim_start()[5..].split([' ', '\n']).next().unwrap();
-            assert!(targets.contains(target), "{}: no target of {line:?}", name.display());
+}
+
+/// Help is a document too.
+#[test]
+fn examples_in_help_are_understood() {
+    let commands = listed(&usermilter(&["--help"]).1, "Commands:");
+    let commands = commands.iter().filter_map(|line| line.split(' ').next()).filter(|name| *name != "help");
+    let mut examples = 0;
+    for help in commands.map(|command| usermilter(&[command, "--help"]).1).chain([usermilter(&["--help"]).1])
+    {
+        for line in help.lines().filter(|line| line.starts_with("  usermilter ")) {
+            // What it is for stands apart.
+            let example = line.trim_start().split("   ").next().unwrap();
+            if !is_form(example) {
+                commands::check(example).unwrap_or_else(|fault| panic!("{fault}"));
+                examples += 1;
+            }
         }
     }
+    assert!(examples > 10, "{examples}");
+}
+
+/// Whether a word in capitals stands for another.
+fn is_form(command: &str) -> bool {
+    command.split([' ', '=']).any(|word| word.len() > 1 && word.chars().all(|c| c.is_ascii_uppercase()))
+}
+
+/// Commands in running text, `like this one`, are held against the programs as those in blocks are.
+#[test]
+fn commands_in_running_text_exist() {
+    let mut checked = 0;
+    for (name, text) in markdown() {
+        for line in text.lines() {
+            for span in line.split('`').skip(1).step_by(2) {
+                let is_command = [
+                    "usermilter ",
+                    "make ",
+                    "cargo ",
+                    "systemctl ",
+                    "apt-get ",
+                    "postconf ",
+                    "tests/fuzz/run ",
+                ];
+                let is_command = is_command.iter().any(|start| span.starts_with(start));
+                if is_command && !is_form(span) {
+                    commands::check(span).unwrap_or_else(|fault| panic!("{}: {fault}", name.display()));
+                    checked += 1;
+                }
+            }
+        }
+    }
+    assert!(checked > 30, "{checked}");
+}
+
+/// Settings and files that running text names, `server.milter` and `src/sys.rs`, are there.
+#[test]
+fn settings_and_files_that_documents_name_exist() {
+    let keys = keys_of_the_program();
+    let (mut settings, mut files) = (0, 0);
+    for (name, text) in markdown() {
+        for span in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
+            let is_word =
+                |word: &str| !word.is_empty() && word.chars().all(|c| c.is_ascii_lowercase() || c == '-');
+            let setting = span.split([' ', '=']).next().unwrap().split_once('.');
+            if let Some((section, key)) = setting
+                && let Some(known) = keys.get(&format!("[{section}]"))
+                && is_word(key)
+                && !["toml", "service", "conf"].contains(&key)
+            {
+                assert!(known.contains(key), "{}: no setting {span}", name.display());
+                settings += 1;
+            }
+            let is_path = ["src/", "tests/", "packaging/", "docs/", "postfix/", "sendmail/", "ldap/"]
+                .iter()
+                .any(|directory| span.starts_with(directory));
+            if is_path && !span.contains(['*', '…', ' ']) {
+                assert!(root().join(span).exists(), "{}: no file {span}", name.display());
+                files += 1;
+            }
+        }
+    }
+    assert!(settings > 50 && files > 50, "{settings}, {files}");
+}
+
+/// Who is called at night finds what to do.
+#[test]
+fn every_alert_has_its_advice() {
+    let alerts = blocks::read_yaml(&read("docs/alerts.yaml")).unwrap();
+    let groups = alerts["groups"].as_array().unwrap().iter();
+    let rules = groups.flat_map(|group| group["rules"].as_array().unwrap());
+    let alerts: BTreeSet<&str> = rules
+        .map(|rule| {
+            assert!(rule["expr"].is_string() && rule["annotations"]["summary"].is_string(), "{rule}");
+            rule["alert"].as_str().unwrap()
+        })
+        .collect();
+    let page = read("docs/postmaster.md");
+    let advice: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `Usermilter")?.split_once('`'))
+        .map(|(name, _)| name)
+        .collect();
+    let alerts: BTreeSet<&str> = alerts.iter().filter_map(|name| name.strip_prefix("Usermilter")).collect();
+    assert!(alerts.len() > 5);
+    assert_eq!(advice, alerts, "docs/postmaster.md, docs/alerts.yaml");
 }
 
 /// The configuration that packages install: everything in it is a comment, each a default or an example that is understood.
