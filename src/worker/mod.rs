@@ -153,11 +153,13 @@ fn runtime(threads: usize) -> Result<Runtime, WorkerError> {
     builder.worker_threads(threads).enable_all().build().map_err(system("tokio"))
 }
 
-/// Half as many as there are processors: the MTA and the filters, for whom the others are, use more of them than the worker
-/// does, and each message that one thread hands to another costs two system calls. Counting them reads files, which a
-/// confined process can't.
+/// Most threads that serve. One answers tens of thousands of requests a second, and each message that one hands to another
+/// costs two system calls; the MTA and the filters have more use for the other processors.
+const MAX_THREADS: usize = 4;
+
+/// One for each processor, up to [`MAX_THREADS`]. Counting processors reads files, which a confined process can't.
 fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().min(MAX_THREADS))
 }
 
 /// Leaves nothing of the monitor but what is needed.
