@@ -131,15 +131,15 @@ impl Address {
         }
     }
 
-    /// What `host!user` and `user%host` mean to Postfix (swap_bangpath and allow_percent_hack, postconf(5)), if this is
-    /// such an address without a domain.
+    /// What the local part means to Postfix as an address of its own: `user@host` (resolve_dequoted_address), `host!user`
+    /// and `user%host` (swap_bangpath and allow_percent_hack, postconf(5)). Only a domain that is the MTA's own leads there.
     pub fn without_routing(&self) -> Option<Self> {
-        let (user, host) = match self.local.split_once('!') {
-            Some((host, user)) => (user, host),
-            None => self.local.rsplit_once('%')?,
+        let (user, host) = match (self.local.rsplit_once('@'), self.local.split_once('!')) {
+            (Some(parts), _) => parts,
+            (None, Some((host, user))) => (user, host),
+            (None, None) => self.local.rsplit_once('%')?,
         };
-        let is_bare = self.domain.is_none() && !user.is_empty();
-        let domain = normalize_domain(host).filter(|_| is_bare)?;
+        let domain = normalize_domain(host).filter(|_| !user.is_empty())?;
         Some(Self { local: user.to_owned(), domain: Some(domain) })
     }
 
@@ -305,10 +305,16 @@ fn without_brackets(text: &str) -> &str {
 }
 
 fn without_source_route(text: &str) -> &str {
-    match text.strip_prefix('@') {
-        Some(route) => route.split_once(':').map_or(text, |(_, mailbox)| mailbox),
-        None => text,
+    if !text.starts_with('@') {
+        return text;
     }
+    // The colons of an address literal, [IPv6:...], end no route.
+    let mut in_literal = false;
+    let end = text.find(|c| {
+        in_literal = c == '[' || in_literal && c != ']';
+        c == ':' && !in_literal
+    });
+    end.map_or(text, |end| without_source_route(&text[end + 1..]))
 }
 
 /// The content of a quoted string whose opening quote is gone, and what follows its closing quote.
@@ -362,7 +368,9 @@ mod tests {
         assert_eq!(read("Example.org!alice").as_deref(), Some("alice@example.org"));
         assert_eq!(read("a!b!alice").as_deref(), Some("b!alice@a"));
         assert_eq!(read("alice%example.org").as_deref(), Some("alice@example.org"));
-        for other in ["alice", "alice%x@example.org", "x!alice@example.org", "x!", "%x", "alice%"] {
+        assert_eq!(read("alice%x@example.org").as_deref(), Some("alice@x"));
+        assert_eq!(read("\"a@x\"@example.org").as_deref(), Some("a@x"));
+        for other in ["alice", "alice@example.org", "x!", "%x", "alice%"] {
             assert_eq!(read(other), None, "{other}");
         }
     }

@@ -131,7 +131,10 @@ impl<'a> Ballot<'a> {
 
     /// Takes an answer; `None`: the filter was not started, since it could not change anything.
     pub fn record(&mut self, poll: usize, answer: Option<Answer>) {
-        self.polls[poll].state = answer.map_or(PollState::NotNeeded, PollState::Answered);
+        // What was given up has been counted, and the MTA told.
+        if !matches!(self.polls[poll].state, PollState::GivenUp(_)) {
+            self.polls[poll].state = answer.map_or(PollState::NotNeeded, PollState::Answered);
+        }
     }
 
     /// Fills in for the filters that have not answered.

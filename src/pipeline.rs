@@ -183,7 +183,7 @@ impl Pipeline {
             argument,
         };
         let trusted = self.is_trusted(&envelope.client);
-        let address = read_recipient(&recipient.argument);
+        let address = read_recipient(&recipient.argument, |address| self.resolver.is_our_domain(address));
         recipient.standing = match (trusted, &address) {
             (Some(why), _) => Standing::Unjudged(why.into()),
             (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
@@ -647,16 +647,24 @@ impl Pipeline {
 /// A recipient's address. What has characters that MTAs read in ways of their own (`al\ice`, `c!alice`, `alice%c`,
 /// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
 /// spelling.
-fn read_recipient(argument: &RecipientArgument) -> Result<Address, AddressError> {
+fn read_recipient(
+    argument: &RecipientArgument,
+    is_ours: impl Fn(&Address) -> bool,
+) -> Result<Address, AddressError> {
     let plain = Address::parse(&argument.raw);
-    let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ']);
+    let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ', ':', '[', ']']);
     if plain.as_ref().is_ok_and(|address| !is_odd(address)) {
         return plain;
     }
     let named = plain.or_else(|_| Address::from_client(&argument.raw));
     let reading = match (&argument.mailbox, &named) {
         (Some(mailbox), _) => Address::from_client(mailbox.as_bytes()).ok(),
-        (None, Ok(address)) => address.without_routing(),
+        (None, Ok(address)) => {
+            // A domain of ours leads to the rest of the way (trivial-rewrite(8)).
+            let leads_on = |address: &Address| address.domain().is_none() || is_ours(address);
+            let next = |address: &Address| address.without_routing().filter(|_| leads_on(address));
+            std::iter::successors(next(address), next).last()
+        }
         (None, Err(_)) => None,
     };
     reading.filter(|reading| reading.domain().is_some()).map_or(named, Ok)
@@ -671,5 +679,33 @@ impl Change {
             [] => format!("<{old}> dropped"),
             new => format!("<{old}> redirected to {}", new.join(" ")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_domain_of_ours_leads_to_the_rest_of_the_way() {
+        let read = |raw: &str| {
+            let argument = RecipientArgument { raw: raw.into(), mailer: None, mailbox: None };
+            read_recipient(&argument, |address| address.domain() == Some("ours.example")).unwrap().to_string()
+        };
+        for routed in [
+            "alice%ours.example@ours.example",
+            "ours.example!alice@ours.example",
+            "alice@ours.example@ours.example",
+            "\"alice@ours.example\"@ours.example",
+            "ours.example!alice%ours.example@ours.example",
+            "@a.example:@[::1]:alice@ours.example",
+            "alice%ours.example",
+        ] {
+            assert_eq!(read(routed), "alice@ours.example", "{routed}");
+        }
+        // Postfix sends these elsewhere, or refuses to.
+        assert_eq!(read("alice%else.example@ours.example"), "alice@else.example");
+        assert_eq!(read("alice%ours.example@else.example"), "alice%ours.example@else.example");
+        assert_eq!(read("alice@ours.example"), "alice@ours.example");
     }
 }

@@ -45,6 +45,11 @@ impl Reply {
         }
     }
 
+    /// `452 4.5.3`, for a recipient of whom there is no room in the transaction.
+    pub fn too_many_recipients() -> Self {
+        Self::new(452, (5, 3), "too many recipients")
+    }
+
     /// `452 4.5.3`, for a recipient who is to be asked alone.
     pub fn one_filter_at_a_time() -> Self {
         Self::new(452, (5, 3), "recipients who filter differently are taken one at a time")

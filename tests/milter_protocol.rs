@@ -628,6 +628,20 @@ fn recipients_that_make_no_sense_are_not_judged_and_not_refused_for_good() {
 }
 
 #[test]
+fn recipients_beyond_the_limit_are_put_off_and_the_others_judged() {
+    let site = keeper().start();
+    let mut mta = site.mta();
+    mta.macros('M', MAIL_MACROS);
+    mta.mail(&["<s@sender.example>"]);
+    for n in 0..10_000 {
+        assert_eq!(mta.rcpt(&[&format!("<alice+{n}@test.example>")]).letter(), 'c');
+    }
+    let answer = mta.rcpt(&["<alice+x@test.example>"]);
+    assert_eq!(answer.text(), "452 4.5.3 too many recipients");
+    assert!(is_kept(&send_message(&mut mta, MESSAGE)));
+}
+
+#[test]
 fn a_sender_that_is_no_address_is_judged_and_one_that_is_too_long_is_our_trouble() {
     let long = format!("<{}@x.example>\0", "x".repeat(3000));
     for (on_error, expected) in

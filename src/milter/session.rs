@@ -19,6 +19,7 @@ use crate::{
     logging::Quoted,
     pipeline::{Outcome, Pipeline},
     recipient::{FilterSet, Recipient},
+    reply::Reply,
     spool::{Spool, SpoolSettings},
     trace_headers,
     transaction::{self, Client, Envelope, Interface, RecipientArgument, Sasl},
@@ -197,11 +198,12 @@ impl Session {
             return Opinion::Accept;
         };
         transaction.note_queue_id(macros);
-        if transaction.recipients.len() >= MAX_RECIPIENTS {
-            transaction.unjudged = Some(format!("more than {MAX_RECIPIENTS} recipients"));
-        }
         if transaction.unjudged.is_some() {
             return Opinion::Accept;
+        }
+        // RFC 5321, section 4.5.3.1.10: the client sends the rest in another transaction.
+        if transaction.recipients.len() >= MAX_RECIPIENTS {
+            return Opinion::Defer(Reply::too_many_recipients());
         }
         let argument = RecipientArgument {
             raw: arguments.first().map(|a| a.to_bytes().to_vec()).unwrap_or_default(),

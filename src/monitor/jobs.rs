@@ -221,14 +221,15 @@ fn fork_job(job: impl FnOnce() -> i32) -> nix::Result<Pid> {
 }
 
 /// Whether a child that has ended, and is not reaped, never became another program: PF_FORKNOEXEC among the flags of
-/// proc_pid_stat(5), which a user has no way to set.
+/// proc_pid_stat(5), which a user has no way to set. Where /proc can't be read (hidepid= with another group), a status that
+/// children of ours alone should have is believed: what was never run must not be taken for a filter's word.
 fn never_executed(pid: Pid) -> bool {
     const PF_FORKNOEXEC: u64 = 0x40;
     let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The name, in parentheses, is whatever the program calls itself.
     let after_name = stat.rsplit(|byte| *byte == b')').next().unwrap_or_default();
     let flags = std::str::from_utf8(after_name).ok().and_then(|fields| fields.split_whitespace().nth(6));
-    flags.and_then(|flags| flags.parse::<u64>().ok()).is_some_and(|flags| flags & PF_FORKNOEXEC != 0)
+    flags.and_then(|flags| flags.parse::<u64>().ok()).is_none_or(|flags| flags & PF_FORKNOEXEC != 0)
 }
 
 fn only(descriptors: &[OwnedFd]) -> Result<&OwnedFd, BadRequest> {

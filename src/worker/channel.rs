@@ -116,6 +116,18 @@ struct Waiting {
     _permits: Permits,
 }
 
+/// A job of which the monitor knows nothing: nobody would ever give back its permits.
+struct Unsent<'a> {
+    monitor: &'a Monitor,
+    job: JobId,
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        self.monitor.waiting().remove(&self.job);
+    }
+}
+
 /// How a job ended.
 #[derive(Clone, Copy, Debug)]
 pub struct Ended {
@@ -378,13 +390,24 @@ impl Monitor {
         let ended = match timeout(FIRST_LOOK, &mut ended).await {
             Ok(ended) => ended,
             Err(_) => {
-                let (written, error_written) = (output.watch()?, error_output.watch()?);
-                loop {
-                    tokio::select! {
-                        ended = &mut ended => break ended,
-                        () = output.fill(&written), if output.is_open => (),
-                        () = error_output.fill(&error_written), if error_output.is_open => (),
-                    }
+                match (output.watch(), error_output.watch()) {
+                    (Ok(written), Ok(error_written)) => loop {
+                        tokio::select! {
+                            ended = &mut ended => break ended,
+                            () = output.fill(&written), if output.is_open => (),
+                            () = error_output.fill(&error_written), if error_output.is_open => (),
+                        }
+                    },
+                    // Out of descriptors. The filter runs, and goes on to have its say.
+                    _ => loop {
+                        match timeout(FIRST_LOOK, &mut ended).await {
+                            Ok(ended) => break ended,
+                            Err(_) => {
+                                output.fill_now();
+                                error_output.fill_now();
+                            }
+                        }
+                    },
                 }
             }
         };
@@ -414,11 +437,11 @@ impl Monitor {
 
     /// Sends a request for a job, of which nothing will be heard if that fails.
     async fn send(&self, job: JobId, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {
-        let sent = self.send_packet(request, descriptors).await;
-        if sent.is_err() {
-            self.waiting().remove(&job);
-        }
-        sent
+        // Also for a caller that stops waiting until there is room in the socket.
+        let unsent = Unsent { monitor: self, job };
+        self.send_packet(request, descriptors).await?;
+        std::mem::forget(unsent);
+        Ok(())
     }
 
     async fn send_packet(&self, request: &Request<'_>, descriptors: &[&OwnedFd]) -> io::Result<()> {

@@ -196,11 +196,12 @@ pub(crate) fn drop_privileges(name: &str) -> Result<(), WorkerError> {
     }
     let c_name = std::ffi::CString::new(name).map_err(system("user name"))?;
     let groups = getgrouplist(&c_name, user.gid).map_err(system("getgrouplist"))?;
-    // While there is the right to: nothing that is executed could ever give any back.
+    // While there is the right to: nothing that is executed could ever give any back. Whoever started us may have taken that
+    // right, and what it would take away, already.
     for set in [CapSet::Bounding, CapSet::Inheritable] {
-        caps::clear(None, set)
-            .map_err(|e| std::io::Error::other(e.to_string()))
-            .map_err(system("capabilities"))?;
+        if let Err(error) = caps::clear(None, set) {
+            warn!("capabilities that no program is executed to use stay: {error}");
+        }
     }
     setgroups(&groups).map_err(system("setgroups"))?;
     setresgid(user.gid, user.gid, user.gid).map_err(system("setresgid"))?;

@@ -182,7 +182,7 @@ fn included_files_stand_in_place_and_are_read_again() {
     site.aliases.refresh();
     site.aliases.refresh();
     assert_eq!(site.local_alias("list").as_deref(), Some("a b d f z"));
-    site.write("members", "");
+    site.write("members", "#\n");
     site.aliases.refresh();
     site.aliases.refresh();
     assert_eq!(

@@ -21,6 +21,7 @@ use usermilter::monitor::{
     encode,
 };
 use usermilter::pipeline::Pipeline;
+use usermilter::resolver::Chain;
 use usermilter::worker::Monitor;
 use usermilter::{logging, sys};
 
@@ -67,6 +68,7 @@ pub fn with_worker<T>(
         let pipeline = Arc::new(Pipeline::new(
             Arc::clone(settings),
             &worker.monitor,
+            Chain::open(settings),
             tracker.clone(),
             Arc::clone(metrics),
         ));
@@ -134,7 +136,8 @@ fn play_monitor(socket: &OwnedFd, plan: &Mutex<Plan>) {
         let plan = plan.lock().unwrap().clone();
         let mut files: Vec<File> = received.descriptors.into_iter().map(File::from).collect();
         let (job, end) = match request {
-            Request::Ready => continue,
+            Request::Ready | Request::Alive => continue,
+            Request::Ask { .. } => panic!("files and users are not asked of this monitor"),
             Request::Inspect { job, .. } => {
                 let report = encode(&Report::Inspection(inspection(&plan))).unwrap();
                 files[0].write_all(&report).unwrap();
