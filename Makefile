@@ -63,7 +63,8 @@ audit: ## check licences, sources, duplicates and, online, known holes of the de
 	tests/install-dependencies audit
 	$(CARGO) deny --locked check licenses bans sources
 	@if timeout 30 git ls-remote --quiet https://github.com/RustSec/advisory-db HEAD >/dev/null 2>&1; then \
-	    $(CARGO) deny --locked check advisories; \
+	    $(CARGO) deny --locked check advisories && \
+	    { $(CARGO) audit --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-audit; } && $(CARGO) audit; \
 	else \
 	    echo "NOT CHECKED: known holes, since the advisory database cannot be reached" >&2; \
 	fi
