@@ -8,6 +8,7 @@ mod common;
 use std::fs;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -265,13 +266,18 @@ fn a_socket_of_the_manager_that_is_none_ends_the_start_and_an_unknown_one_is_clo
     let datagram = UnixDatagram::bind(sandbox.join("datagram")).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let connected = || std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    for (bad, why) in
-        [(OwnedFd::from(datagram), "not a stream socket"), (connected().into(), "does not listen")]
-    {
+    let everybodys = UnixListener::bind(sandbox.join("everybodys")).unwrap();
+    fs::set_permissions(sandbox.join("everybodys"), fs::Permissions::from_mode(0o666)).unwrap();
+    for (name, bad, why) in [
+        ("milter", OwnedFd::from(datagram), "not a stream socket"),
+        ("milter", connected().into(), "does not listen"),
+        ("control", everybodys.into(), "SocketMode=0660"),
+        ("control", listener.try_clone().unwrap().into(), "SocketMode=0660"),
+    ] {
         let config = sandbox.write("usermilter.toml", site.config());
         let mut command = Command::new(Usermilter::program());
         command.arg("serve").arg("--config").arg(config);
-        activate(&mut command, "milter:policy", bad, listener.try_clone().unwrap().into());
+        activate(&mut command, &format!("{name}:policy"), bad, listener.try_clone().unwrap().into());
         let output = command.output().unwrap();
         let log = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(78), "{log}");

@@ -102,6 +102,9 @@ impl Activated {
             match ACTIVATED.iter().find(|known| **known == name) {
                 Some(known) => {
                     let listener = Listener::activated(sys::adopt(descriptor))
+                        .and_then(
+                            |listener| if name == "control" { listener.private() } else { Ok(listener) },
+                        )
                         .map_err(|source| unusable(&name, descriptor, source))?;
                     activated.listeners.push((*known, Rc::new(listener)));
                 }
@@ -215,6 +218,21 @@ impl Listener {
         };
         fcntl(&descriptor, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         Ok(Self { address, descriptor, identity: None })
+    }
+
+    /// Itself, if none but its owner and group can connect.
+    fn private(self) -> io::Result<Self> {
+        let is_private = match &self.address {
+            SocketAddress::Unix(path) => fs::metadata(path)?.mode() & 0o007 == 0,
+            SocketAddress::Inet(_) => false,
+        };
+        let open = || {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "open to others than owner and group (SocketMode=0660)",
+            )
+        };
+        is_private.then_some(self).ok_or_else(open)
     }
 
     fn bind(address: &SocketAddress, server: &Server, mode: FileMode) -> io::Result<Self> {
