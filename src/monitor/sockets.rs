@@ -7,7 +7,7 @@ use std::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::{
             fs::{DirBuilderExt, FileTypeExt, MetadataExt, lchown},
-            net::{UnixListener, UnixStream},
+            net::UnixListener,
         },
     },
     path::{Path, PathBuf},
@@ -15,11 +15,12 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::{
         socket::{
             AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind,
-            getsockname, getsockopt, listen, socket, sockopt,
+            connect, getsockname, getsockopt, listen, socket, sockopt,
         },
         stat::{Mode, fchmod, umask},
     },
@@ -310,17 +311,36 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             Err(io::Error::new(io::ErrorKind::AlreadyExists, "the path exists and is no socket"))
         }
-        Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-            Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves this socket")),
-            Err(error) => Err(error),
-        },
+        Ok(_) => {
+            // The monitor waits for nobody.
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+            match connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
+                Err(Errno::ECONNREFUSED) => fs::remove_file(path),
+                // Somebody has so many waiting that there is no room for more.
+                Ok(()) | Err(Errno::EAGAIN) => {
+                    Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves this socket"))
+                }
+                Err(error) => Err(error.into()),
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_is_waited_for_who_serves_a_socket_and_accepts_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let busy = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(busy.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&busy, Backlog::new(0).unwrap()).unwrap();
+        let _waiting = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        assert_eq!(remove_stale(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    }
 
     #[test]
     fn a_stale_socket_is_replaced_a_served_one_and_a_file_are_not() {
