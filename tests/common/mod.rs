@@ -23,6 +23,7 @@
 
 pub mod daemon;
 pub mod milter;
+pub mod own_monitor;
 pub mod policy;
 pub mod postfix;
 pub mod process;

@@ -20,13 +20,9 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
+use common::own_monitor::{self, MONITOR, Test};
 use common::process::Server;
 use common::{PATIENCE, Sandbox, free_port, wait_until};
-
-/// First argument of the process that is to be the monitor; the configuration and what [`probe::start`] needs follow.
-const MONITOR: &str = "be-the-monitor";
-
-type Test = (&'static str, fn());
 
 const TESTS: &[Test] = &[
     ("a_confined_worker_gets_at_nothing_that_it_does_not_need", nothing_else),
@@ -35,40 +31,7 @@ const TESTS: &[Test] = &[
 ];
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == MONITOR) {
-        return be_the_monitor(&arguments[1]);
-    }
-    // As the usual harness: words that are no option choose tests, `--list` names them.
-    let words: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let chosen = TESTS
-        .iter()
-        .filter(|(name, _)| words.is_empty() || words.iter().any(|word| name.contains(word.as_str())));
-    let mut failed = false;
-    for (name, test) in chosen {
-        if arguments.iter().any(|argument| argument == "--list") {
-            println!("{name}: test");
-            continue;
-        }
-        let passed = std::panic::catch_unwind(test).is_ok();
-        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
-        failed |= !passed;
-    }
-    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
-}
-
-fn be_the_monitor(config: &str) -> ExitCode {
-    usermilter::sys::close_all_but(&[]).unwrap();
-    let path = PathBuf::from(config);
-    let config = usermilter::config::Config::load(Some(&path)).unwrap();
-    usermilter::logging::start(&config.log);
-    match usermilter::monitor::serve_with(Some(path), config, probe::start) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    own_monitor::run(TESTS, probe::start)
 }
 
 /// Where a worker probes.
