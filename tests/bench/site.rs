@@ -188,6 +188,7 @@ fn configuration_with(
 user = "nobody"
 milter = ["{milter}"]
 policy = ["{policy}"]
+control = "off"
 max-connections = 1000
 
 [recipients]

@@ -103,7 +103,7 @@ impl Usermilter {
         let mut daemon = Usermilter { server, log, config, _sandbox: sandbox };
 
         let patience = if wrapper.is_empty() { PATIENCE } else { PATIENCE_WITH_WRAPPER };
-        wait_until(patience, || daemon.server.status().is_some() || daemon.log.find(0, "ready").is_some());
+        wait_until(patience, || daemon.server.status().is_some() || daemon.log.says_ready());
         match daemon.server.status() {
             None if daemon.log.says_ready() => Ok(daemon),
             status => {

@@ -58,6 +58,8 @@ impl Site {
             .set("server", "user", r#""nobody""#)
             .set("server", "milter", &format!("[\"{milter}\"]"))
             .set("server", "policy", &format!("[\"{policy}\"]"))
+            // The default is one path for all.
+            .set("server", "control", r#""off""#)
             .set("server", "drain-timeout", r#""1s""#)
             .set("recipients", "domains", r#"["test.example"]"#)
             .set("recipients", "trusted-networks", "[]")
