@@ -231,10 +231,17 @@ pub const MAX_QUOTED: usize = 500;
 
 impl fmt::Display for Quoted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in self.0.chars().take(MAX_QUOTED) {
-            write!(f, "{}", c.escape_debug())?;
+        let end = self.0.char_indices().nth(MAX_QUOTED).map_or(self.0.len(), |(at, _)| at);
+        let (text, is_cut) = (&self.0[..end], end < self.0.len());
+        // Mostly nothing is to be escaped: what stands between is written as a whole.
+        let is_plain = |c: char| matches!(c, ' '..='~') && !matches!(c, '"' | '\'' | '\\');
+        let mut written = 0;
+        for (at, c) in text.char_indices().filter(|(_, c)| !is_plain(*c)) {
+            write!(f, "{}{}", &text[written..at], c.escape_debug())?;
+            written = at + c.len_utf8();
         }
-        if self.0.chars().nth(MAX_QUOTED).is_some() {
+        f.write_str(&text[written..])?;
+        if is_cut {
             f.write_str("…")?;
         }
         Ok(())
@@ -287,6 +294,9 @@ mod tests {
     #[test]
     fn no_text_can_forge_a_line() {
         assert_eq!(Quoted("a\nb\u{1b}[0m\"c").to_string(), "a\\nb\\u{1b}[0m\\\"c");
+        let odd = "it's \\ ü \u{301}\t\0.";
+        let each: String = odd.chars().map(|c| c.escape_debug().to_string()).collect();
+        assert_eq!(Quoted(odd).to_string(), each);
         assert_eq!(Quoted(&"x".repeat(600)).to_string().chars().count(), MAX_QUOTED + 1);
     }
 

@@ -80,3 +80,57 @@ impl Threads {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, sync::mpsc, time::Duration};
+
+    use tokio::{io::AsyncWriteExt, net::UnixStream, sync::oneshot, time::timeout};
+
+    use super::*;
+
+    /// Generous: the machine may be busy.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    #[tokio::test]
+    async fn each_thread_has_as_many_connections_and_they_are_served_there() {
+        let threads = Threads::start(3).unwrap();
+        let (sender, mut served) = tokio::sync::mpsc::unbounded_channel();
+        let mut clients = Vec::new();
+        for _ in 0..6 {
+            let (client, stream) = UnixStream::pair().unwrap();
+            let sender = sender.clone();
+            threads.serve(Stream::Unix(stream), move |mut stream| async move {
+                stream.write_all(b"x").await.unwrap();
+                let _ = sender.send(thread::current().id());
+                std::future::pending::<()>().await;
+            });
+            clients.push(client);
+        }
+        let mut by_thread = HashMap::new();
+        for client in &clients {
+            timeout(PATIENCE, client.readable()).await.unwrap().unwrap();
+            *by_thread.entry(timeout(PATIENCE, served.recv()).await.unwrap()).or_insert(0) += 1;
+        }
+        assert_eq!(by_thread.into_values().collect::<Vec<_>>(), [2, 2, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_hangs_is_not_hidden_by_the_others() {
+        let threads = Threads::start(2).unwrap();
+        timeout(PATIENCE, threads.answer()).await.unwrap();
+        let (release, hang) = mpsc::channel::<()>();
+        let (sender, hangs) = oneshot::channel();
+        let (_client, first) = UnixStream::pair().unwrap();
+        threads.serve(Stream::Unix(first), |_| std::future::pending());
+        let (_client, second) = UnixStream::pair().unwrap();
+        threads.serve(Stream::Unix(second), move |_| async move {
+            let _ = sender.send(());
+            let _ = hang.recv();
+        });
+        timeout(PATIENCE, hangs).await.unwrap().unwrap();
+        assert!(timeout(Duration::from_millis(100), threads.answer()).await.is_err());
+        release.send(()).unwrap();
+        timeout(PATIENCE, threads.answer()).await.unwrap();
+    }
+}
