@@ -342,7 +342,8 @@ impl Monitor {
             if let Some(ended) = self.jobs.ended(pid, end) {
                 self.tell_end(&ended);
             } else if let Some(at) = self.workers.iter().position(|w| w.pid == pid) {
-                let worker = self.workers.remove(at);
+                let mut worker = self.workers.remove(at);
+                worker.ready |= worker.left_ready(&mut self.buffer);
                 self.worker_ended(&worker, end)?;
             }
             sys::reap(pid);
@@ -374,11 +375,15 @@ impl Monitor {
                 self.reload_failed(&format!("the new worker failed: {end:?}"));
             }
             Role::Serving if self.stopping.is_some() => (),
-            Role::Serving if !self.served => {
+            Role::Serving if !self.served && !worker.ready => {
                 let misconfigured = end == ChildEnd::Exited(worker::MISCONFIGURED);
                 return Err(MonitorError::Worker { misconfigured });
             }
             Role::Serving => {
+                // Ready for a moment, in which it may have served.
+                if !std::mem::replace(&mut self.served, true) {
+                    self.manager.ready("serving");
+                }
                 if worker.started.elapsed() >= HEALTHY_AFTER {
                     self.restart.pause = BACKOFF.0;
                 }
@@ -683,6 +688,15 @@ impl Worker {
                 Err(_) => self.outgoing.clear(),
             }
         }
+    }
+
+    /// Whether a worker that is dead said that it is ready, and nobody has heard it yet.
+    fn left_ready(&self, buffer: &mut [u8]) -> bool {
+        let mut is_ready = || {
+            let received = sys::receive_with_descriptors(&self.channel, buffer).ok()?;
+            Some(matches!(decode(&buffer[..received.length]), Ok(Request::Ready)))
+        };
+        !self.killed && (0..MAX_PACKETS_AT_ONCE).any(|_| is_ready() == Some(true))
     }
 
     fn handle_packets(
