@@ -199,17 +199,20 @@ fn who_the_worker_is_is_asked_once_and_not_for_every_file_and_worker() {
     let builder = Site::of(&[("alice", 5001)]).filter("alice", "message", WHO);
     let file = builder.users.passwd_file().to_owned();
     let resolver = passwd_file(&builder);
-    let builder = builder.resolvers(resolver).set("recipients", "unknown", "\"reject\"");
+    let builder = builder.resolvers(resolver).set("recipients", "unknown", "\"reject\"").set(
+        "server",
+        "user",
+        "\"umt-worker\"",
+    );
     // Seen only in a mount namespace of the daemon's own, and changed in place.
     let system = fs::read_to_string("/etc/passwd").unwrap();
-    let passwd = builder.sandbox.write("passwd", &system);
+    let passwd = builder.sandbox.write("passwd", format!("{system}umt-worker:x:65533:65533::/:/bin/false\n"));
     let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
     let wrapper = ["unshare", "-m", "/bin/sh", "-c", script, passwd.to_str().unwrap()].map(str::to_owned);
     let site = builder.start_under(&wrapper);
     let worker = site.daemon.worker_pid();
     assert_eq!(who(&site, "alice@test.example"), "alice ext=");
-    let others = system.lines().filter(|line| !line.starts_with("nobody:"));
-    fs::write(&passwd, others.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    fs::write(&passwd, &system).unwrap();
 
     fs::write(&file, "# nobody\n").unwrap();
     let unknown = || who(&site, "alice@test.example") == "550 5.1.1 no such user here";
