@@ -114,7 +114,7 @@ impl Pipeline {
         first: &mut Option<FilterSet>,
     ) -> Recipient {
         let started = Instant::now();
-        let mut recipient = self.judge_recipient(envelope, argument).await;
+        let mut recipient = self.judge_recipient(envelope, argument, started).await;
         let mut known = recipient.known();
         if self.splits() && matches!(known, None | Some(Opinion::Accept)) {
             Self::split(&mut recipient, first);
@@ -175,7 +175,12 @@ impl Pipeline {
         }
     }
 
-    async fn judge_recipient(&self, envelope: &Envelope, argument: RecipientArgument) -> Recipient {
+    async fn judge_recipient(
+        &self,
+        envelope: &Envelope,
+        argument: RecipientArgument,
+        started: Instant,
+    ) -> Recipient {
         let mut recipient = Recipient {
             address: None,
             standing: Standing::Unjudged(String::new()),
@@ -189,7 +194,7 @@ impl Pipeline {
             (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
                 Standing::Unjudged("exempt".into())
             }
-            (None, Ok(address)) => self.standing(envelope, &mut recipient, address).await,
+            (None, Ok(address)) => self.standing(envelope, &mut recipient, address, started).await,
             (None, Err(error)) => {
                 let raw = String::from_utf8_lossy(&recipient.argument.raw);
                 warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
@@ -200,7 +205,13 @@ impl Pipeline {
         recipient
     }
 
-    async fn standing(&self, envelope: &Envelope, recipient: &mut Recipient, address: &Address) -> Standing {
+    async fn standing(
+        &self,
+        envelope: &Envelope,
+        recipient: &mut Recipient,
+        address: &Address,
+        started: Instant,
+    ) -> Standing {
         let settings = &self.settings.recipients;
         let argument = &recipient.argument;
         let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
@@ -239,12 +250,13 @@ impl Pipeline {
             // Somebody gets the mail who can't be asked: whatever the others say, the recipient accepts.
             Ok(resolver::Resolution { unjudged: Some(why), .. }) => Standing::Unjudged(why),
             Ok(resolution) => {
-                // Side by side: the MTA waits for all of them, and its patience is that for one.
-                let deadline = Instant::now() + self.settings.filter.recipient_deadline.0;
-                let judges = resolution.users.into_iter();
-                let judges =
-                    judges.map(|user| self.judge(envelope, argument, address, user, deadline, site_decides));
-                Standing::Judged(join_all(judges).await)
+                let deadline = started + self.settings.filter.recipient_deadline.0;
+                let judge = |user| self.judge(envelope, argument, address, user, deadline, site_decides);
+                Standing::Judged(match <[_; 1]>::try_from(resolution.users) {
+                    Ok([user]) => vec![judge(user).await],
+                    // Side by side: the MTA waits for all of them, and its patience is that for one.
+                    Err(users) => Box::pin(join_all(users.into_iter().map(judge))).await,
+                })
             }
         }
     }

@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
     os::fd::{AsRawFd, OwnedFd},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -24,6 +24,7 @@ use tokio::{
 };
 use tracing::{debug, error, warn};
 
+use super::threads::Threads;
 use crate::{
     monitor::{
         self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Question, Refusal,
@@ -88,6 +89,8 @@ pub struct Monitor {
     nss_questions: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
+    /// Those who serve, once they do.
+    threads: OnceLock<Threads>,
 }
 
 /// Jobs that only touch files, under way at a time: one for each user, since a home that hangs must not keep others
@@ -232,6 +235,7 @@ impl Monitor {
             nss_questions: Arc::new(Semaphore::new(MAX_NSS_QUESTIONS)),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
+            threads: OnceLock::new(),
         })
     }
 
@@ -242,6 +246,11 @@ impl Monitor {
     /// If it can't be said. As with every request, there is no answer at all if the monitor is gone.
     pub async fn ready(&self) -> io::Result<()> {
         self.send_packet(&Request::Ready, &[]).await
+    }
+
+    /// Has the monitor told that this worker is alive only when all these threads are.
+    pub(super) fn serve_by(&self, threads: Threads) {
+        let _ = self.threads.set(threads);
     }
 
     /// Resolves when the monitor asks to drain, or changes how.
@@ -472,6 +481,16 @@ impl Monitor {
         }
     }
 
+    /// Tells the monitor that all who serve can answer.
+    async fn answer(self: Arc<Self>) {
+        if let Some(threads) = self.threads.get() {
+            threads.answer().await;
+        }
+        if let Err(error) = self.send_packet(&Request::Alive, &[]).await {
+            warn!("the monitor can't be answered: {error}");
+        }
+    }
+
     /// Hands events to those who wait for them; ends the process when the monitor is gone, since nobody could be
     /// asked any more.
     async fn listen(self: Arc<Self>) {
@@ -495,12 +514,7 @@ impl Monitor {
                         let _ = waiting.sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
                     }
                 }
-                // By a task of the runtime: who answers here can answer others.
-                Ok(Event::Ping) => {
-                    if let Err(error) = self.send_packet(&Request::Alive, &[]).await {
-                        warn!("the monitor can't be answered: {error}");
-                    }
-                }
+                Ok(Event::Ping) => drop(tokio::spawn(Arc::clone(&self).answer())),
                 Ok(Event::Drain { connections }) => {
                     self.drain.send_replace(Some(Drain { connections }));
                 }

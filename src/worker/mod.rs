@@ -5,6 +5,7 @@ mod accept;
 mod channel;
 mod confine;
 mod http;
+mod threads;
 mod user;
 
 use std::{
@@ -23,11 +24,13 @@ use nix::{
     },
     unistd::{Pid, Uid, getppid},
 };
-use tokio::{runtime::Runtime, sync::watch, time::timeout};
+use threads::{Threads, runtime};
+use tokio::{sync::watch, time::timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-pub use accept::{Listener, Stream, accept_loop};
+use accept::accept_loop;
+pub use accept::{Listener, Stream};
 pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
 pub use user::{UserError, WorkerUser};
 
@@ -87,9 +90,9 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
-    let threads = threads();
+    let threads = Threads::count();
     in_confined_process(inherited, |inherited, files| {
-        runtime(threads)?.block_on(serve(inherited, files)).map(|()| 0)
+        runtime().map_err(system("tokio"))?.block_on(serve(inherited, files, threads)).map(|()| 0)
     })
 }
 
@@ -116,7 +119,7 @@ where
     F: Future<Output = i32>,
 {
     in_process(inherited, |inherited| {
-        runtime(threads())?.block_on(async {
+        runtime().map_err(system("tokio"))?.block_on(async {
             let monitor = Monitor::new(inherited.channel, inherited.history)
                 .map_err(system("channel to the monitor"))?;
             monitor.ready().await.map_err(system("telling the monitor"))?;
@@ -141,20 +144,6 @@ fn in_process(inherited: Inherited, body: impl FnOnce(Inherited) -> Result<i32, 
     }
 }
 
-fn runtime(threads: usize) -> Result<Runtime, WorkerError> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(threads).enable_all().build().map_err(system("tokio"))
-}
-
-/// Most threads that serve. One answers tens of thousands of requests a second, and each message that one hands to another
-/// costs two system calls; the MTA and the filters have more use for the other processors.
-const MAX_THREADS: usize = 4;
-
-/// One for each processor, up to [`MAX_THREADS`]. Counting processors reads files, which a confined process can't.
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |processors| processors.get().min(MAX_THREADS))
-}
-
 /// Leaves nothing of the monitor but what is needed.
 fn prepare_process(inherited: &Inherited) -> Result<(), WorkerError> {
     sys::reset_signals().map_err(system("signals"))?;
@@ -177,10 +166,12 @@ fn prepare_process(inherited: &Inherited) -> Result<(), WorkerError> {
     if getppid() == inherited.monitor { Ok(()) } else { Err(WorkerError::Orphan) }
 }
 
-async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
+async fn serve(inherited: Inherited, files: Files, threads: usize) -> Result<(), WorkerError> {
     let settings = inherited.settings;
     let monitor =
         Monitor::new(inherited.channel, inherited.history).map_err(system("channel to the monitor"))?;
+    let threads = Threads::start(threads).map_err(system("threads"))?;
+    monitor.serve_by(threads.clone());
     // Transactions and policy requests under way; connections have trackers of their own.
     let transactions = TaskTracker::new();
     let metrics = Arc::new(Metrics::new(&settings, monitor.history()));
@@ -209,14 +200,14 @@ async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
         let (service, tracker) = (milter.clone(), milter_connections.clone());
         let counted = metrics.connections.of(Service::Milter).clone();
         let serve = move |stream| service.clone().serve(stream);
-        let accept = accept_loop(listener, Service::Milter, limit, tracker, counted, serve);
+        let accept = accept_loop(listener, Service::Milter, limit, tracker, counted, threads.clone(), serve);
         acceptors.push(tokio::spawn(accept));
     }
     for listener in policy_listeners {
         let (service, tracker, drain) = (Arc::clone(&policy), policy_connections.clone(), drain.clone());
         let counted = metrics.connections.of(Service::Policy).clone();
         let serve = move |stream| policy::serve(Arc::clone(&service), stream, drain.clone());
-        let accept = accept_loop(listener, Service::Policy, limit, tracker, counted, serve);
+        let accept = accept_loop(listener, Service::Policy, limit, tracker, counted, threads.clone(), serve);
         acceptors.push(tokio::spawn(accept));
     }
     let watched = Arc::new(http::Watched {
@@ -234,8 +225,9 @@ async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
         for listener in listeners {
             let (watched, counted) = (Arc::clone(&watched), metrics.connections.of(service).clone());
             let serve = move |stream| http::serve(Arc::clone(&watched), service, stream);
-            let tracker = tracker.clone();
-            let accept = accept_loop(listener, service, http::MAX_CONNECTIONS, tracker, counted, serve);
+            let (tracker, threads) = (tracker.clone(), threads.clone());
+            let limit = http::MAX_CONNECTIONS;
+            let accept = accept_loop(listener, service, limit, tracker, counted, threads, serve);
             watchers.push(tokio::spawn(accept));
         }
     }
