@@ -3,7 +3,7 @@
 //! ```text
 //!   main ── starts ──▶ usermilter serve          A │ measured in turn, A B A B …, with the same number of
 //!    │  └── starts ──▶ a floor (floors, spawn)   B │ clients for the same time
-//!    └── load: one thread per client, which speaks as Postfix does (policy, milter)
+//!    └── load: clients, which speak as Postfix does (policy, milter)
 //! ```
 //!
 //! A floor does as little as can be done: it answers without reading, or runs a program and does nothing else. The
@@ -18,9 +18,11 @@ mod common;
 #[allow(dead_code, reason = "the tests use more of it")]
 mod slapd;
 
+mod accounting;
 mod directory;
 mod filter;
 mod floors;
+mod least;
 mod load;
 mod memory;
 mod milter;
@@ -205,7 +207,7 @@ fn main() {
                 Row { figure, outcome: (figure.measure)(&site, plan) }
             })
             .collect();
-        report::table(&rows, plan);
+        report::tables(&rows, plan);
     }
     if is_chosen(MEMORY) {
         memory::report();

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::accounting;
 use crate::common::process::Server;
 use crate::common::{self, PATIENCE, Sandbox, Usermilter, VirtualUsers, free_port, wait_until};
 
@@ -78,8 +79,8 @@ impl Site {
     }
 
     /// The monitor, whose child is the worker.
-    pub(crate) fn processes(&self) -> Vec<u32> {
-        vec![self.server.pid()]
+    pub(crate) fn servers(&self) -> Vec<accounting::Server> {
+        vec![accounting::Server::usermilter(self.server.pid())]
     }
 
     /// Sees to it that what was measured is what was meant.
