@@ -95,6 +95,18 @@ pub enum ChildEnd {
     Signaled(i32),
 }
 
+impl std::fmt::Display for ChildEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exited(status) => write!(f, "exit status {status}"),
+            Self::Signaled(number) => match Signal::try_from(*number) {
+                Ok(signal) => write!(f, "killed by {signal}"),
+                Err(_) => write!(f, "killed by signal {number}"),
+            },
+        }
+    }
+}
+
 /// A child that has ended, if there is one. It stays a zombie, and its pid taken, until it is [reaped](reap).
 ///
 /// # Errors

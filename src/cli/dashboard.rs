@@ -427,7 +427,7 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         let height = lines.len() * LINE + 24;
         let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 900 {height}\" role=\"img\">\n\
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" xml:space=\"preserve\" viewBox=\"0 0 900 {height}\" role=\"img\">\n\
              <title>usermilter status</title>\n<style>\n\
              text {{ font: 13px ui-monospace, 'DejaVu Sans Mono', monospace; white-space: pre; fill: #d8dee9 }}\n\
              .c1 {{ font-weight: bold; fill: #fff }} .c2 {{ fill: #8793a8 }} .c31 {{ fill: #ff7b86 }}\n\

@@ -370,8 +370,8 @@ impl Monitor {
         match worker.role {
             Role::Draining(_) => info!(pid = %worker.pid, "worker has left"),
             Role::Candidate => {
-                error!(pid = %worker.pid, ?end, "new worker failed; the configuration stays as it was");
-                self.reload_failed(&format!("the new worker failed: {end:?}"));
+                error!(pid = %worker.pid, end = end.to_string(), "new worker failed; the configuration stays as it was");
+                self.reload_failed(&format!("the new worker failed: {end}"));
             }
             Role::Serving if self.stopping.is_some() => (),
             Role::Serving if !self.served => {
@@ -382,8 +382,8 @@ impl Monitor {
                 if worker.started.elapsed() >= HEALTHY_AFTER {
                     self.restart.pause = BACKOFF.0;
                 }
-                error!(pid = %worker.pid, ?end, pause = ?self.restart.pause, "worker died; starting another");
-                self.history.worker_died(format!("worker {}: {end:?}", worker.pid));
+                error!(pid = %worker.pid, end = end.to_string(), pause = ?self.restart.pause, "worker died; starting another");
+                self.history.worker_died(format!("worker {}: {end}", worker.pid));
                 self.restart.later();
                 self.manager.status("the worker died; starting another");
             }
