@@ -1,16 +1,18 @@
 //! What the daemon is compared with: servers that do as little as can be done, each in a process of its own.
 
 use std::ffi::CString;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use indymilter::{Callbacks, ProtoOpts, Status};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpListener;
 
 use crate::accounting;
@@ -26,7 +28,12 @@ pub(crate) enum Floor {
     /// Answers `action=DUNNO` to whatever ends in an empty line.
     Echo { port: u16 },
     /// A milter that is told everything, answers only what must be answered, and keeps nothing.
-    Milter { port: u16 },
+    Milter {
+        port: u16,
+        /// Acknowledge at once what is read: see [`Floor::prompt_milter`].
+        #[arg(long)]
+        prompt: bool,
+    },
     /// The least milter.
     Least { stage: Stage, port: u16 },
     /// Runs a program as often as each line of its input says, and answers each line when that is done.
@@ -67,6 +74,12 @@ impl Floor {
     /// Starts the milter.
     pub(crate) fn milter() -> Running {
         start(&["milter"])
+    }
+
+    /// The same for Postfix, which writes a message in pieces as large as its buffer, and waits with each until the kernel
+    /// has acknowledged the one before: for up to 40 ms, if it need not answer.
+    pub(crate) fn prompt_milter() -> Running {
+        start(&["milter", "--prompt"])
     }
 
     /// Starts the least milter.
@@ -132,7 +145,7 @@ impl Floor {
     pub(crate) fn run(self) {
         match self {
             Self::Echo { port } => runtime().block_on(echo(port)),
-            Self::Milter { port } => runtime().block_on(milter(port)),
+            Self::Milter { port, prompt } => runtime().block_on(milter(port, prompt)),
             Self::Least { stage, port } => least::serve(port, stage),
             Self::Batches { at_a_time, uid, gid, program } => {
                 let path = CString::new(program.into_os_string().into_vec()).unwrap();
@@ -241,7 +254,7 @@ async fn echo(port: u16) {
     }
 }
 
-async fn milter(port: u16) {
+async fn milter(port: u16, prompt: bool) {
     const QUIET: [ProtoOpts; 8] = [
         ProtoOpts::NOREPLY_CONNECT,
         ProtoOpts::NOREPLY_HELO,
@@ -270,23 +283,59 @@ async fn milter(port: u16) {
         .on_body(|_, _| Box::pin(async { Status::Noreply }))
         .on_eom(|_| Box::pin(async { Status::Continue }));
     let never = std::future::pending::<()>();
-    indymilter::run(Nodelay(listener), callbacks, Default::default(), never).await.expect("milter");
+    indymilter::run(Listener { listener, prompt }, callbacks, Default::default(), never)
+        .await
+        .expect("milter");
 }
 
-/// Without it the kernel would wait to fill a segment, as it does not for the daemon.
-struct Nodelay(TcpListener);
+struct Listener {
+    listener: TcpListener,
+    prompt: bool,
+}
 
-impl indymilter::Listener for Nodelay {
-    type Io = tokio::net::TcpStream;
+struct Connection {
+    stream: tokio::net::TcpStream,
+    prompt: bool,
+}
 
-    fn poll_accept(
-        &mut self,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<tokio::net::TcpStream>> {
-        self.0.poll_accept(cx).map(|accepted| {
+impl indymilter::Listener for Listener {
+    type Io = Connection;
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Connection>> {
+        let prompt = self.prompt;
+        self.listener.poll_accept(cx).map(|accepted| {
             let (stream, _) = accepted?;
+            // Without it the kernel would wait to fill a segment, as it does not for the daemon.
             stream.set_nodelay(true)?;
-            Ok(stream)
+            Ok(Connection { stream, prompt })
         })
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if self.prompt && result.is_ready() {
+            self.stream.set_quickack(true)?;
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -28,7 +28,7 @@ pub(crate) fn no_filter(_: &Site, plan: Plan) -> Outcome {
     let ours = Instance::start(PLAIN, Some((&site.milter, site.servers())));
     let alone = Instance::start(PLAIN, None);
     let milters = [
-        ("Postfix with the floor of milter", Floor::milter()),
+        ("Postfix with the floor of milter", Floor::prompt_milter()),
         ("Postfix with the least milter, until DATA", Floor::least(Stage::Data)),
         ("Postfix with the least milter, until connect", Floor::least(Stage::Connect)),
     ];
@@ -53,7 +53,7 @@ pub(crate) fn filter(_: &Site, plan: Plan) -> Outcome {
     let site = Site::start_judging_loopback();
     let ours = Instance::start(FILTERED, Some((&site.milter, site.servers())));
     let alone = Instance::start(FILTERED, None);
-    let milter = Floor::milter();
+    let milter = Floor::prompt_milter();
     let with_floor = Instance::start(FILTERED, Some((&milter.address, milter.servers())));
     let runs = Side::child(|| filter::bare_runs(&site, plan, FILTERED));
     let rounds = load::rounds(plan, || {

@@ -162,6 +162,8 @@ fn processes(figure: &Figure, rounds: &[Round]) {
     let names: BTreeSet<&str> =
         sides().flat_map(spent).flat_map(|spent| spent.processes.keys().map(String::as_str)).collect();
     let titles: String = sides().map(|side| format!(" {} |", side.title(&rounds[0]))).collect();
+    let totals: Vec<f64> =
+        sides().map(|side| spent(side).map(Spent::total).sum::<f64>() * 1e6 / rounds.len() as f64).collect();
     println!("| {}, CPU in µs of |{titles}", figure.name);
     println!("|---|{}", "---:|".repeat(sides().count()));
     for name in names {
@@ -170,16 +172,18 @@ fn processes(figure: &Figure, rounds: &[Round]) {
             seconds.sum::<f64>() / rounds.len() as f64
         };
         let values: Vec<f64> = sides().map(|side| mean(side) * 1e6).collect();
-        // What has done nothing worth a digit anywhere is left out.
-        if values.iter().any(|micros| *micros >= 0.05) {
-            let cells = values.iter().map(|micros| match micros {
-                ..0.05 => " |".to_owned(),
-                _ => format!(" {micros:.1} |"),
+        // What has done next to nothing is left out.
+        let is_little: Vec<bool> =
+            values.iter().zip(&totals).map(|(part, total)| part < &(total * 0.004)).collect();
+        if is_little.contains(&false) {
+            let cells = values.iter().zip(is_little).map(|(micros, is_little)| {
+                if is_little { " |".to_owned() } else { format!(" {} |", digits(*micros, 100.0)) }
             });
             println!("| {name} |{}", cells.collect::<String>());
         }
     }
-    println!();
+    let cells = totals.iter().map(|micros| format!(" {} |", digits(*micros, 100.0)));
+    println!("| all |{}\n", cells.collect::<String>());
 }
 
 /// A column of [`processes`].
@@ -273,9 +277,22 @@ fn median(values: &[f64]) -> f64 {
 
 /// Three digits are more than such figures are worth.
 fn rate(per_second: f64) -> String {
-    if per_second < 1000.0 { format!("{per_second:.1}") } else { format!("{per_second:.0}") }
+    digits(per_second, 100.0)
 }
 
 fn microseconds(seconds: f64) -> String {
-    format!("{:.1} µs", seconds * 1e6)
+    match seconds * 1e6 {
+        micros @ ..10_000.0 => format!("{} µs", digits(micros, 100.0)),
+        micros => format!("{:.1} ms", micros / 1e3),
+    }
+}
+
+/// With one digit after the point below a limit, and with separators of thousands.
+fn digits(value: f64, limit: f64) -> String {
+    if value.abs() < limit {
+        return format!("{value:.1}");
+    }
+    let text = format!("{value:.0}");
+    let separator = |n: usize| if n > 0 && (text.len() - n) % 3 == 0 { "," } else { "" };
+    text.char_indices().map(|(n, digit)| format!("{}{digit}", separator(n))).collect()
 }
