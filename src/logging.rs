@@ -128,15 +128,21 @@ impl Write for StandardError {
     }
 }
 
-/// An error with all its causes, as `what failed: because of this: because of that`.
+/// An error with all its causes, as `what failed: because of this: because of that`; those that an error of some library
+/// already tells at its end are not told again.
 pub struct Chain<'a>(pub &'a dyn Error);
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
+        let mut told = self.0.to_string();
+        f.write_str(&told)?;
         let mut cause = self.0.source();
         while let Some(error) = cause {
-            write!(f, ": {error}")?;
+            let text = error.to_string();
+            if !told.ends_with(&text) {
+                write!(f, ": {text}")?;
+                told = text;
+            }
             cause = error.source();
         }
         Ok(())
@@ -179,5 +185,10 @@ mod tests {
             source: std::io::Error::from(std::io::ErrorKind::NotFound),
         };
         assert_eq!(Chain(&error).to_string(), "cannot read configuration file /x: entity not found");
+        #[derive(Debug, thiserror::Error)]
+        #[error("no file: {0}")]
+        struct Repeats(#[source] std::io::Error);
+        let error = Repeats(std::io::Error::from(std::io::ErrorKind::NotFound));
+        assert_eq!(Chain(&error).to_string(), "no file: entity not found");
     }
 }

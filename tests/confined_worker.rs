@@ -51,6 +51,19 @@ fn the_worker_has_no_capability_no_way_to_one_and_a_filter_for_its_calls() {
     assert!(confined[0].contains(" INFO ") && confined[0].contains("ABI"), "{confined:?}");
 }
 
+/// valgrind knows neither Landlock nor seccomp(2), and answers for the kernel that there is no such call.
+#[test]
+fn a_kernel_that_can_confine_nothing_is_told_of_and_served() {
+    let builder = Site::of(&[("alice", 5001)]);
+    builder.users.file("alice", "rules.toml", "default = \"reject\"\n");
+    let site = builder.start_under(&["valgrind".into(), "--quiet".into(), "--tool=none".into()]);
+    let line = site.daemon.wait_for_log("worker confined as far as this kernel can", PATIENCE);
+    assert!(line.contains(" WARN "), "{line}");
+    assert_eq!(status(site.daemon.worker_pid(), "Seccomp"), "0");
+    assert_eq!(status(site.daemon.worker_pid(), "CapEff"), "0000000000000000");
+    assert_eq!(site.judge(&["alice@test.example"], MESSAGE).text().split(' ').next(), Some("550"));
+}
+
 #[test]
 fn files_that_are_replaced_are_read_again() {
     let builder = Site::of(&[("alice", 5001), ("bob", 5002)])
