@@ -133,7 +133,7 @@ impl Server {
         match self.name {
             "monitor" => "filters, from fork to end",
             "loop" => "loop's children",
-            _ => "others, ended",
+            _ => "ended unseen",
         }
     }
 }

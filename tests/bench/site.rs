@@ -157,7 +157,7 @@ fn senders() -> String {
     others.chain([format!("{SENDER}\n")]).collect()
 }
 
-/// What an administrator would write, with paths in the sandbox.
+/// What an administrator would write, with paths in the sandbox: all else is as it is by default.
 pub(crate) fn configuration(
     sandbox: &Sandbox,
     users: &VirtualUsers,
@@ -189,8 +189,7 @@ fn configuration_with(
 user = "nobody"
 milter = ["{milter}"]
 policy = ["{policy}"]
-control = "off"
-max-connections = 1000
+control = "unix:{control}"
 
 [recipients]
 domains = ["test.example"]
@@ -201,6 +200,7 @@ virtual-homes = ["{homes}"]
 spool-directory = "{spool}"
 {filter_option}
 "#,
+        control = sandbox.join("control").display(),
         homes = homes.display(),
         spool = spool.display(),
     )
