@@ -42,7 +42,7 @@ use site::Site;
 /// Measures usermilter against floors.
 #[derive(Parser)]
 struct Arguments {
-    /// The figures to measure, by a part of their name; all by default.
+    /// The figures to measure, by their name, or by a part of it that is no other's name; all by default.
     figures: Vec<String>,
     /// How many times each side is measured.
     #[arg(long, default_value_t = 7)]
@@ -189,8 +189,10 @@ fn main() {
         FIGURES.iter().map(|figure| figure.name).chain([MEMORY]).for_each(|name| println!("{name}"));
         return;
     }
+    let is_name = |part: &str| part == MEMORY || FIGURES.iter().any(|figure| figure.name == part);
     let is_chosen = |name: &str| {
-        arguments.figures.is_empty() || arguments.figures.iter().any(|part| name.contains(part.as_str()))
+        let is_meant = |part: &String| part == name || !is_name(part) && name.contains(part.as_str());
+        arguments.figures.is_empty() || arguments.figures.iter().any(is_meant)
     };
     let plan = Plan {
         rounds: arguments.rounds.max(1),

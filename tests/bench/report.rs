@@ -129,20 +129,21 @@ fn references(rows: &[Row]) {
         for (n, (reference, _)) in rounds[0].references.iter().enumerate() {
             if std::mem::take(&mut is_first) {
                 println!(
-                    "| figure | reference | /s | of the floor (min–max) | ours of it (min–max) | CPU | CPU ratio |"
+                    "| figure | reference | /s | of the floor (min–max) | ours of it (min–max) | CPU | CPU ratio, to the floor | ours to it |"
                 );
-                println!("|---|---|---:|---|---|---:|---:|");
+                println!("|---|---|---:|---|---|---:|---:|---:|");
             }
             let of = |round: &Round| round.references[n].1.rate;
             let spent = |round: &Round| round.references[n].1.spent.total();
             let median = |value: &dyn Fn(&Round) -> f64| median(&sorted(rounds.iter().map(value)));
             println!(
-                "| {} | {reference} | {} | {} | {} | {} | {:.2} |",
+                "| {} | {reference} | {} | {} | {} | {} | {:.2} | {:.2} |",
                 figure.name,
                 rate(median(&of)),
                 spread(rounds, |round| of(round) / round.floor.rate),
                 spread(rounds, |round| round.ours.rate / of(round)),
                 microseconds(median(&spent)),
+                median(&|round| round.floor.spent.total() / spent(round)),
                 median(&|round| spent(round) / round.ours.spent.total()),
             );
         }
