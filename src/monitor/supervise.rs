@@ -437,6 +437,8 @@ impl Monitor {
             self.manager.status("serving");
         }
         self.served = true;
+        // What reading a configuration and starting a worker took is of no use from here on, mostly for months.
+        let _ = sys::let_go_of_code();
         let settings = Arc::clone(&self.workers[at].settings);
         if is_candidate {
             for worker in self.workers.iter_mut().filter(|w| w.role == Role::Serving) {
