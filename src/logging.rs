@@ -8,12 +8,17 @@ use std::{
     error::Error,
     fmt::{self, Write as _},
     io::{self, Write},
+    mem::ManuallyDrop,
+    os::fd::{AsFd, AsRawFd},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl, open},
-    sys::stat::{Mode, SFlag, fstat},
+    sys::{
+        socket::{MsgFlags, SockType, getsockopt, send, sockopt},
+        stat::{Mode, SFlag, fstat},
+    },
     unistd::dup2_stderr,
 };
 use tracing::{
@@ -29,7 +34,10 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use crate::config::{Log, LogFormat, LogLevel};
+use crate::{
+    config::{Log, LogFormat, LogLevel},
+    sys,
+};
 
 /// Starts logging: to the journal when systemd connected standard error with it, else to standard error.
 pub fn start(log: &Log) {
@@ -40,7 +48,7 @@ pub fn start(log: &Log) {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    let journal = under_journald().then(tracing_journald::layer).and_then(Result::ok);
+    let journal = under_journald().then(journal).flatten();
     let layer = journal.map_or_else(|| lines(log.format, || StandardError), Layer::boxed);
     // A second start (tests in one process) changes nothing.
     let _ = tracing_subscriber::registry().with(layer.with_filter(level)).try_init();
@@ -134,24 +142,44 @@ fn under_journald() -> bool {
     fstat(io::stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
+/// The journal's own socket, which loses what it has no room for instead of waiting: a journal that stands still must not hold
+/// up the mail.
+fn journal() -> Option<tracing_journald::Layer> {
+    // The library keeps its socket to itself. It gets the lowest number that is free (socket(2)), as this copy does.
+    let number = io::stderr().as_fd().try_clone_to_owned().ok()?.as_raw_fd();
+    let layer = tracing_journald::layer().ok()?;
+    // The layer's; it is never closed here.
+    let socket = ManuallyDrop::new(sys::adopt(number));
+    if getsockopt(&*socket, sockopt::SockType) == Ok(SockType::Datagram) {
+        let _ = fcntl(&*socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK));
+    }
+    Some(layer)
+}
+
 /// Room for lines in the pipe behind standard error, in bytes: a second of much mail. The most that the kernel gives without
 /// privilege (pipe(7)).
 const PIPE_SIZE: i32 = 1 << 20;
 
-/// Makes standard error lose what a pipe has no room for, instead of waiting: a reader that stands still must not hold up
-/// the mail.
+/// Makes standard error lose what a pipe or socket has no room for, instead of waiting: a reader that stands still must not
+/// hold up the mail.
 ///
-/// The pipe is opened anew, since whoever else writes to it may rely on waiting. Where it can't be opened (it is a
-/// socket, or another user's) all stays as it was.
+/// Whoever else writes to it may rely on waiting. So a pipe is opened anew; where it can't be (it is another user's) all stays as
+/// it was. With a socket each call says that it does not wait.
 pub fn never_wait() {
-    let is_pipe = fstat(io::stderr())
-        .is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO);
+    let kind = fstat(io::stderr()).map_or(SFlag::empty(), |stat| SFlag::from_bits_truncate(stat.st_mode))
+        & SFlag::S_IFMT;
+    IS_SOCKET.store(kind == SFlag::S_IFSOCK, Ordering::Relaxed);
     let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    if is_pipe && let Ok(pipe) = open("/proc/self/fd/2", flags, Mode::empty()) {
+    if kind == SFlag::S_IFIFO
+        && let Ok(pipe) = open("/proc/self/fd/2", flags, Mode::empty())
+    {
         let _ = fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
         let _ = dup2_stderr(&pipe);
     }
 }
+
+/// Whether standard error is a socket, as that of a service under systemd.
+static IS_SOCKET: AtomicBool = AtomicBool::new(false);
 
 /// Lines of this process that were lost, and not told of yet.
 static LOST: AtomicUsize = AtomicUsize::new(0);
@@ -179,7 +207,13 @@ impl Write for StandardError {
         let mut stderr = io::stderr().lock();
         let mut write = |mut bytes: &[u8]| {
             while !bytes.is_empty() {
-                match stderr.write(bytes) {
+                let sent = if IS_SOCKET.load(Ordering::Relaxed) {
+                    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                    send(stderr.as_raw_fd(), bytes, flags).map_err(io::Error::from)
+                } else {
+                    stderr.write(bytes)
+                };
+                match sent {
                     Ok(written) => bytes = &bytes[written..],
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
                     Err(_) => break,

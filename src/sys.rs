@@ -268,6 +268,27 @@ impl SharedNumbers {
     }
 }
 
+/// Lets go of the pages of the program's code and constants that this process has used. What it needs again, it gets
+/// again from the file in memory; what only its start needed (reading a configuration, say) it no longer has.
+///
+/// # Errors
+///
+/// As madvise(2).
+pub fn let_go_of_code() -> nix::Result<()> {
+    const LARGEST_PAGE: usize = 64 << 10;
+    unsafe extern "C" {
+        /// Where the program begins in memory, and where its code ends: ld(1) defines them, as do lld and mold.
+        static __executable_start: libc::c_char;
+        static etext: libc::c_char;
+    }
+    let (start, end) = (&raw const __executable_start, &raw const etext);
+    // A whole number of pages, whatever their size is: what follows the code on its last page stays.
+    let length = end.addr().saturating_sub(start.addr()) & !(LARGEST_PAGE - 1);
+    // SAFETY: the linker places nothing there that can be written, so that each page is as it is in the file, and comes
+    // back from there when it is next touched.
+    Errno::result(unsafe { libc::madvise(start.cast_mut().cast(), length, libc::MADV_DONTNEED) }).map(drop)
+}
+
 /// Ignores a signal.
 ///
 /// # Errors

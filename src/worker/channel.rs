@@ -46,6 +46,9 @@ const MAX_LOG_ENTRIES: usize = 8;
 /// the monitor allows, so that filters keep their places.
 const MAX_QUESTIONS: usize = 8;
 
+/// Questions to NSS among them: if it hangs, there is still one for a file.
+const MAX_NSS_QUESTIONS: usize = MAX_QUESTIONS - 1;
+
 /// How long a question to the system may take, the wait for its turn included: a user database that hangs must not hold
 /// up the answer to the MTA for longer than that.
 const QUESTION_TIME_LIMIT: Duration = Duration::from_secs(15);
@@ -83,6 +86,7 @@ pub struct Monitor {
     inspections: Limit,
     log_entries: Limit,
     questions: Arc<Semaphore>,
+    nss_questions: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
     /// Those who serve, once they do.
@@ -228,6 +232,7 @@ impl Monitor {
             inspections: Limit::new(MAX_INSPECTIONS),
             log_entries: Limit::new(MAX_LOG_ENTRIES),
             questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
+            nss_questions: Arc::new(Semaphore::new(MAX_NSS_QUESTIONS)),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
             threads: OnceLock::new(),
@@ -333,8 +338,15 @@ impl Monitor {
             Question::Uid(_) | Question::Host { .. } => MAX_REPORT_LENGTH,
         };
         let answer = async {
+            // That of NSS first: whoever waits for it must not hold one of everybody's.
+            let of_nss = match question {
+                Question::File(_) => None,
+                Question::Uid(_) | Question::Host { .. } => {
+                    Arc::clone(&self.nss_questions).acquire_owned().await.ok()
+                }
+            };
             let permit = Arc::clone(&self.questions).acquire_owned().await.ok();
-            self.ask_child([None, permit], limit, |job| Request::Ask { job, question }).await
+            self.ask_child([of_nss, permit], limit, |job| Request::Ask { job, question }).await
         };
         let mut bytes = timeout(QUESTION_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
         let (report, rest) = monitor::decode_first(&bytes).map_err(|_| InspectError::NoAnswer)?;
@@ -619,12 +631,63 @@ mod tests {
         assert_eq!(capture.bytes, b"abcabcabc");
     }
 
-    #[tokio::test]
-    async fn a_monitor_that_is_gone_is_no_error_that_could_let_mail_in() {
+    /// A worker's end, and the monitor's, from which nobody reads.
+    fn pair() -> (Monitor, OwnedFd) {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        let monitor = Monitor::unheard(ours, History::new(None)).unwrap();
+        (Monitor::unheard(ours, History::new(None)).unwrap(), theirs)
+    }
+
+    #[tokio::test]
+    async fn a_question_that_is_given_up_before_it_is_sent_gives_its_permits_back() {
+        let (monitor, _theirs) = pair();
+        let soon = Duration::from_millis(100);
+        while timeout(soon, monitor.ready()).await.is_ok() {}
+        let name = || UserName::try_from("alice".to_owned()).unwrap();
+        let user = User { name: name(), account: crate::user::Account::Passwd, program: None };
+        for _ in 0..3 {
+            assert!(timeout(soon, monitor.uid(name())).await.is_err(), "sent, though the socket is full");
+            assert!(timeout(soon, monitor.inspect(&user)).await.is_err());
+            assert_eq!(monitor.questions.available_permits(), MAX_QUESTIONS);
+            assert_eq!(monitor.nss_questions.available_permits(), MAX_NSS_QUESTIONS);
+            assert_eq!(monitor.inspections.all.available_permits(), MAX_INSPECTIONS);
+            assert!(monitor.waiting().is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn questions_to_nss_leave_a_place_for_one_about_a_file() {
+        let (monitor, theirs) = pair();
+        let monitor = Arc::new(monitor);
+        for number in 0..2 * MAX_QUESTIONS {
+            let (monitor, name) =
+                (Arc::clone(&monitor), UserName::try_from(format!("user{number}")).unwrap());
+            tokio::spawn(async move { monitor.uid(name).await });
+        }
+        let mut buffer = [0; 1024];
+        let mut packets = async |monitor: &Monitor| {
+            let mut files = Vec::new();
+            // Until nothing more comes.
+            while let Ok(received) = {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                sys::receive_with_descriptors(&theirs, &mut buffer)
+            } {
+                let request = monitor::decode(&buffer[..received.length]).unwrap();
+                files.push(matches!(request, Request::Ask { question: Question::File(0), .. }));
+            }
+            (files, monitor.questions.available_permits())
+        };
+        let (files, left) = packets(&monitor).await;
+        assert_eq!((files, left), (vec![false; MAX_NSS_QUESTIONS], 1));
+        let asking = Arc::clone(&monitor);
+        tokio::spawn(async move { asking.read(0).await });
+        assert_eq!(packets(&monitor).await.0, [true]);
+    }
+
+    #[tokio::test]
+    async fn a_monitor_that_is_gone_is_no_error_that_could_let_mail_in() {
+        let (monitor, theirs) = pair();
         monitor.ready().await.unwrap();
         drop(theirs);
         assert!(timeout(Duration::from_millis(50), monitor.ready()).await.is_err(), "an answer from nobody");

@@ -6,6 +6,7 @@ mod channel;
 mod confine;
 mod http;
 mod threads;
+mod user;
 
 use std::{
     future::Future,
@@ -14,7 +15,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use caps::CapSet;
 use nix::{
     sys::{
         prctl,
@@ -22,7 +22,7 @@ use nix::{
         signal::Signal,
         stat::{Mode, umask},
     },
-    unistd::{Gid, Pid, Uid, User, getgrouplist, getppid, setgroups, setresgid, setresuid},
+    unistd::{Pid, Uid, getppid},
 };
 use threads::{Threads, runtime};
 use tokio::{sync::watch, time::timeout};
@@ -32,6 +32,7 @@ use tracing::{error, info, warn};
 use accept::accept_loop;
 pub use accept::{Listener, Stream};
 pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
+pub use user::{UserError, WorkerUser};
 
 use crate::{
     config::Config,
@@ -54,6 +55,8 @@ const REFRESH_INTERVAL: Duration = Duration::from_millis(500);
 pub struct Inherited {
     /// The configuration.
     pub settings: Arc<Config>,
+    /// Who to be.
+    pub user: WorkerUser,
     /// The parent.
     pub monitor: Pid,
     /// The socket to the parent.
@@ -70,18 +73,11 @@ pub struct Inherited {
     pub history: History,
 }
 
-/// Exit status of a worker whose configuration can't be used: EX_CONFIG of sysexits.h.
-pub const MISCONFIGURED: i32 = 78;
-
 /// Why a worker can't serve.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WorkerError {
     #[error("{what}")]
     System { what: &'static str, source: std::io::Error },
-    #[error("user {0} does not exist; create it, or set server.user to an unprivileged account")]
-    NoUser(String),
-    #[error("user {0} is root; set server.user to an unprivileged account")]
-    RootUser(String),
     #[error("privileges could be regained")]
     NotDropped,
     #[error("the monitor is gone")]
@@ -143,10 +139,7 @@ fn in_process(inherited: Inherited, body: impl FnOnce(Inherited) -> Result<i32, 
         Ok(status) => status,
         Err(error) => {
             error!("worker: {}", Chain(&error));
-            match error {
-                WorkerError::NoUser(_) | WorkerError::RootUser(_) => MISCONFIGURED,
-                _ => 1,
-            }
+            1
         }
     }
 }
@@ -166,40 +159,11 @@ fn prepare_process(inherited: &Inherited) -> Result<(), WorkerError> {
         warn!(wanted, hard, "RLIMIT_NOFILE stays at {soft}: {error}");
     }
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("setrlimit"))?;
-    drop_privileges(&inherited.settings.server.user)?;
+    inherited.user.take_over()?;
     prctl::set_no_new_privs().map_err(system("prctl(PR_SET_NO_NEW_PRIVS)"))?;
     prctl::set_dumpable(false).map_err(system("prctl(PR_SET_DUMPABLE)"))?;
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(system("prctl(PR_SET_PDEATHSIG)"))?;
     if getppid() == inherited.monitor { Ok(()) } else { Err(WorkerError::Orphan) }
-}
-
-/// Becomes the worker's user for good. Without root nothing can be changed, nor is there anything to lose.
-pub(crate) fn drop_privileges(name: &str) -> Result<(), WorkerError> {
-    if !Uid::effective().is_root() {
-        return Ok(());
-    }
-    let user = User::from_name(name).map_err(system("getpwnam"))?;
-    let user = user.ok_or_else(|| WorkerError::NoUser(name.into()))?;
-    if user.uid.is_root() {
-        return Err(WorkerError::RootUser(name.into()));
-    }
-    let c_name = std::ffi::CString::new(name).map_err(system("user name"))?;
-    let groups = getgrouplist(&c_name, user.gid).map_err(system("getgrouplist"))?;
-    // While there is the right to: nothing that is executed could ever give any back. Whoever started us may have taken that
-    // right, and what it would take away, already.
-    for set in [CapSet::Bounding, CapSet::Inheritable] {
-        if let Err(error) = caps::clear(None, set) {
-            warn!("capabilities that no program is executed to use stay: {error}");
-        }
-    }
-    setgroups(&groups).map_err(system("setgroups"))?;
-    setresgid(user.gid, user.gid, user.gid).map_err(system("setresgid"))?;
-    setresuid(user.uid, user.uid, user.uid).map_err(system("setresuid"))?;
-    let (root, wheel) = (Uid::from_raw(0), Gid::from_raw(0));
-    let dropped = setresuid(root, root, root).is_err()
-        && (user.gid == wheel || setresgid(wheel, wheel, wheel).is_err())
-        && Uid::current() == user.uid;
-    if dropped { Ok(()) } else { Err(WorkerError::NotDropped) }
 }
 
 async fn serve(inherited: Inherited, files: Files, threads: usize) -> Result<(), WorkerError> {

@@ -15,7 +15,8 @@ use usermilter::config::ldap::LdapConfig;
 use usermilter::config::{Config, ResolverConfig};
 use usermilter::resolver::ldap::{LdapAnswer, LdapResolver};
 
-use crate::load::Side;
+use crate::accounting::{Measuring, Server};
+use crate::load::{Answered, Side};
 use crate::report::Outcome;
 use crate::site::{self, PLAIN, Site};
 use crate::slapd::{DAEMON, DAEMON_PASSWORD, PEOPLE, Setup, Slapd};
@@ -49,9 +50,9 @@ pub(crate) fn cached(site: &Site, plan: Plan) -> Outcome {
     let slapd = Slapd::start(&Setup { entries: &entry, ..Setup::default() });
     let resolver = section(&slapd, "cache-ttl = \"1h\"");
     let ours = Site::start_among(&resolver, site.users.homes());
-    let pairs = load::in_turn(plan, policy::side(&ours, PLAIN, plan), policy::side(site, PLAIN, plan));
+    let rounds = load::in_turn(plan, &policy::side(&ours, PLAIN, plan), &policy::side(site, PLAIN, plan));
     assert_eq!(slapd.searches(&format!("(uid={PLAIN})")), 1, "not every answer but the first was remembered");
-    Outcome::Measured(pairs)
+    Outcome::Measured(rounds)
 }
 
 /// Look-ups of addresses that nobody has asked for before, against searches with nothing around them.
@@ -65,11 +66,15 @@ pub(crate) fn uncached(_: &Site, plan: Plan) -> Outcome {
     let config = parse(&section(&slapd, ""));
     let runtime = floors::runtime();
     let next = Arc::new(AtomicUsize::new(0));
-    let servers = || vec![slapd.pid()];
+    let servers = vec![Server { pid: slapd.pid(), name: "slapd" }];
+    // Here it is the side that asks of which much or little is to be said.
+    let measuring = Measuring::ThisProcess;
+    let ours = || look_ups(&runtime, plan, &config, &next);
+    let floor = || searches(&runtime, plan, &slapd.ldap(), &next);
     Outcome::Measured(load::in_turn(
         plan,
-        Side { rate: || look_ups(&runtime, plan, &config, &next), servers: servers() },
-        Side { rate: || searches(&runtime, plan, &slapd.ldap(), &next), servers: servers() },
+        &Side { ask: ours, measuring, servers: servers.clone() },
+        &Side { ask: floor, measuring, servers },
     ))
 }
 
@@ -123,10 +128,10 @@ fn parse(section: &str) -> LdapConfig {
 }
 
 /// Ours, with its cache as it is by default, which fills and helps nothing: no address comes twice.
-fn look_ups(runtime: &Runtime, plan: Plan, config: &LdapConfig, next: &Arc<AtomicUsize>) -> f64 {
+fn look_ups(runtime: &Runtime, plan: Plan, config: &LdapConfig, next: &Arc<AtomicUsize>) -> Answered {
     let resolver = Arc::new(LdapResolver::new(config.clone()));
     let asked = Arc::clone(&resolver);
-    let rate = per_second(runtime, plan, next, move |n| {
+    let answered = ask_all(runtime, plan, next, move |n| {
         let resolver = Arc::clone(&asked);
         async move {
             let address = format!("{}@d{}.example", name(n), n / ENTRIES);
@@ -136,13 +141,13 @@ fn look_ups(runtime: &Runtime, plan: Plan, config: &LdapConfig, next: &Arc<Atomi
         }
     });
     assert_eq!(resolver.cache_counters().hits, 0, "not every look-up was a search");
-    rate
+    answered
 }
 
 /// The floor: the library on one connection.
-fn searches(runtime: &Runtime, plan: Plan, uri: &str, next: &Arc<AtomicUsize>) -> f64 {
+fn searches(runtime: &Runtime, plan: Plan, uri: &str, next: &Arc<AtomicUsize>) -> Answered {
     let ldap = runtime.block_on(connect(uri));
-    per_second(runtime, plan, next, move |n| {
+    ask_all(runtime, plan, next, move |n| {
         let mut ldap = ldap.clone();
         async move {
             let found = ldap.search(PEOPLE, Scope::Subtree, &filter(&name(n)), ATTRIBUTES).await.unwrap();
@@ -164,14 +169,14 @@ async fn connect(uri: &str) -> Ldap {
     ldap
 }
 
-/// Questions per second of all tasks together, each with a number of its own. The first, which may connect, is not
+/// Questions of all tasks together, each with a number of its own. The first, which may connect, is not
 /// counted.
-fn per_second<F: Future<Output = ()> + Send + 'static>(
+fn ask_all<F: Future<Output = ()> + Send + 'static>(
     runtime: &Runtime,
     plan: Plan,
     next: &Arc<AtomicUsize>,
     ask: impl Fn(usize) -> F + Clone + Send + 'static,
-) -> f64 {
+) -> Answered {
     runtime.block_on(async {
         ask(next.fetch_add(1, Ordering::Relaxed)).await;
         let began = Instant::now();
@@ -187,7 +192,7 @@ fn per_second<F: Future<Output = ()> + Send + 'static>(
                 answered
             });
         }
-        let answered: u32 = tasks.join_all().await.into_iter().sum();
-        f64::from(answered) / began.elapsed().as_secs_f64()
+        let count: u32 = tasks.join_all().await.into_iter().sum();
+        Answered { count: count.into(), seconds: began.elapsed().as_secs_f64() }
     })
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!   main ── starts ──▶ usermilter serve          A │ measured in turn, A B A B …, with the same number of
 //!    │  └── starts ──▶ a floor (floors, spawn)   B │ clients for the same time
-//!    └── load: one thread per client, which speaks as Postfix does (policy, milter)
+//!    └── load: clients, which speak as Postfix does (policy, milter)
 //! ```
 //!
 //! A floor does as little as can be done: it answers without reading, or runs a program and does nothing else. The
@@ -18,9 +18,11 @@ mod common;
 #[allow(dead_code, reason = "the tests use more of it")]
 mod slapd;
 
+mod accounting;
 mod directory;
 mod filter;
 mod floors;
+mod least;
 mod load;
 mod memory;
 mod milter;
@@ -40,7 +42,7 @@ use site::Site;
 /// Measures usermilter against floors.
 #[derive(Parser)]
 struct Arguments {
-    /// The figures to measure, by a part of their name; all by default.
+    /// The figures to measure, by their name, or by a part of it that is no other's name; all by default.
     figures: Vec<String>,
     /// How many times each side is measured.
     #[arg(long, default_value_t = 7)]
@@ -187,8 +189,10 @@ fn main() {
         FIGURES.iter().map(|figure| figure.name).chain([MEMORY]).for_each(|name| println!("{name}"));
         return;
     }
+    let is_name = |part: &str| part == MEMORY || FIGURES.iter().any(|figure| figure.name == part);
     let is_chosen = |name: &str| {
-        arguments.figures.is_empty() || arguments.figures.iter().any(|part| name.contains(part.as_str()))
+        let is_meant = |part: &String| part == name || !is_name(part) && name.contains(part.as_str());
+        arguments.figures.is_empty() || arguments.figures.iter().any(is_meant)
     };
     let plan = Plan {
         rounds: arguments.rounds.max(1),
@@ -205,7 +209,7 @@ fn main() {
                 Row { figure, outcome: (figure.measure)(&site, plan) }
             })
             .collect();
-        report::table(&rows, plan);
+        report::tables(&rows, plan);
     }
     if is_chosen(MEMORY) {
         memory::report();

@@ -1,20 +1,25 @@
 //! What the daemon is compared with: servers that do as little as can be done, each in a process of its own.
 
 use std::ffi::CString;
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::pin::Pin;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use indymilter::{Callbacks, ProtoOpts, Status};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpListener;
 
+use crate::accounting;
 use crate::common::process::Server;
 use crate::common::{PATIENCE, Sandbox, free_port, wait_until};
-use crate::load;
+use crate::least::{self, Stage};
+use crate::load::{self, Answered};
 use crate::spawn::{self, Program};
 
 /// A floor, as arguments of this program.
@@ -23,10 +28,19 @@ pub(crate) enum Floor {
     /// Answers `action=DUNNO` to whatever ends in an empty line.
     Echo { port: u16 },
     /// A milter that is told everything, answers only what must be answered, and keeps nothing.
-    Milter { port: u16 },
+    Milter {
+        port: u16,
+        /// Acknowledge at once what is read: see [`Floor::prompt_milter`].
+        #[arg(long)]
+        prompt: bool,
+    },
+    /// The least milter.
+    Least { stage: Stage, port: u16 },
+    /// Runs a program as often as each line of its input says, and answers each line when that is done.
+    Batches { at_a_time: usize, uid: u32, gid: u32, program: PathBuf },
     /// Runs a program now and then, and prints how many microseconds each run took.
     Arrivals { seconds: f64, per_second: f64, uid: u32, gid: u32, program: PathBuf },
-    /// Runs a program again and again, and prints how many times a second.
+    /// Runs a program again and again, and prints how often, and in how many seconds.
     Spawn {
         seconds: f64,
         /// Processes at a time.
@@ -46,21 +60,32 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Of which processor time is counted.
-    pub(crate) fn processes(&self) -> Vec<u32> {
-        vec![self.server.pid()]
+    pub(crate) fn servers(&self) -> Vec<accounting::Server> {
+        vec![accounting::Server { pid: self.server.pid(), name: "floor" }]
     }
 }
 
 impl Floor {
     /// Starts the echo server.
     pub(crate) fn echo() -> Running {
-        start("echo")
+        start(&["echo"])
     }
 
     /// Starts the milter.
     pub(crate) fn milter() -> Running {
-        start("milter")
+        start(&["milter"])
+    }
+
+    /// The same for Postfix, which writes a message in pieces as large as its buffer, and waits with each until the kernel
+    /// has acknowledged the one before: for up to 40 ms, if it need not answer.
+    pub(crate) fn prompt_milter() -> Running {
+        start(&["milter", "--prompt"])
+    }
+
+    /// Starts the least milter.
+    pub(crate) fn least(stage: Stage) -> Running {
+        let stage = stage.to_possible_value().expect("a name");
+        start(&["least", stage.get_name()])
     }
 
     /// Compiles and starts the milter in C; `None` without libmilter.
@@ -79,22 +104,24 @@ impl Floor {
         Some(Running { address: wait_for_listener(port), server })
     }
 
-    /// Runs a program as often as can be, as a user, so many at a time; runs per second.
+    /// Runs a program as often as can be, as a user, so many at a time.
     pub(crate) fn spawn(
         duration: Duration,
         at_a_time: usize,
         (uid, gid): (u32, u32),
         program: &Path,
         input: &Path,
-    ) -> f64 {
+    ) -> Answered {
         let numbers =
             [duration.as_secs_f64().to_string(), at_a_time.to_string(), uid.to_string(), gid.to_string()];
         let output = this_program("spawn").args(numbers).arg(program).arg(input).output();
         let output = output.expect("run a floor");
         let text = String::from_utf8_lossy(&output.stdout);
-        text.trim().parse().unwrap_or_else(|_| {
-            panic!("no figure from the floor: {text} {}", String::from_utf8_lossy(&output.stderr))
-        })
+        let figures: Vec<f64> = text.split_whitespace().filter_map(|figure| figure.parse().ok()).collect();
+        let [count, seconds] = figures[..] else {
+            panic!("no figures from the floor: {text} {}", String::from_utf8_lossy(&output.stderr))
+        };
+        Answered { count, seconds }
     }
 
     /// Runs a program at times that do not depend on how long it takes, as a user; how long each run takes from the
@@ -118,7 +145,17 @@ impl Floor {
     pub(crate) fn run(self) {
         match self {
             Self::Echo { port } => runtime().block_on(echo(port)),
-            Self::Milter { port } => runtime().block_on(milter(port)),
+            Self::Milter { port, prompt } => runtime().block_on(milter(port, prompt)),
+            Self::Least { stage, port } => least::serve(port, stage),
+            Self::Batches { at_a_time, uid, gid, program } => {
+                let path = CString::new(program.into_os_string().into_vec()).unwrap();
+                let program = Program { path, input: c"/dev/null".into(), uid, gid };
+                for line in std::io::stdin().lines() {
+                    let count = line.expect("a line").parse().expect("a number");
+                    spawn::run_times(&program, at_a_time, count);
+                    println!("done");
+                }
+            }
             Self::Arrivals { seconds, per_second, uid, gid, program } => {
                 let path = CString::new(program.into_os_string().into_vec()).unwrap();
                 let program = Program { path, input: c"/dev/null".into(), uid, gid };
@@ -130,9 +167,47 @@ impl Floor {
             Self::Spawn { seconds, at_a_time, uid, gid, program, input } => {
                 let c_string = |path: PathBuf| CString::new(path.into_os_string().into_vec()).unwrap();
                 let program = Program { path: c_string(program), input: c_string(input), uid, gid };
-                println!("{}", spawn::per_second(&program, at_a_time, Duration::from_secs_f64(seconds)));
+                let (count, elapsed) = spawn::run_for(&program, at_a_time, Duration::from_secs_f64(seconds));
+                println!("{count} {}", elapsed.as_secs_f64());
             }
         }
+    }
+}
+
+/// The loop, told how often it is to run.
+pub(crate) struct Batches {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Batches {
+    pub(crate) fn start(at_a_time: usize, (uid, gid): (u32, u32), program: &Path) -> Self {
+        let numbers = [at_a_time.to_string(), uid.to_string(), gid.to_string()];
+        let mut command = this_program("batches");
+        command.args(numbers).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("run a floor");
+        let (input, output) = (child.stdin.take(), child.stdout.take().expect("a pipe"));
+        Self { child, input, output: BufReader::new(output) }
+    }
+
+    pub(crate) fn server(&self) -> accounting::Server {
+        accounting::Server { pid: self.child.id(), name: "loop" }
+    }
+
+    /// Runs the program so often while something else is done.
+    pub(crate) fn run_beside(&mut self, count: usize, other: impl FnOnce()) {
+        writeln!(self.input.as_mut().expect("a pipe"), "{count}").expect("a loop that listens");
+        other();
+        self.output.read_line(&mut String::new()).expect("a loop that answers");
+    }
+}
+
+impl Drop for Batches {
+    fn drop(&mut self) {
+        // At the end of its input it ends.
+        drop(self.input.take());
+        let _ = self.child.wait();
     }
 }
 
@@ -143,9 +218,10 @@ pub(crate) fn wait_for_listener(port: u16) -> String {
     format!("inet:127.0.0.1:{port}")
 }
 
-fn start(floor: &str) -> Running {
+fn start(floor: &[&str]) -> Running {
     let port = free_port();
-    let mut command = this_program(floor);
+    let mut command = this_program(floor[0]);
+    command.args(&floor[1..]);
     command.arg(port.to_string()).stdin(Stdio::null()).stdout(Stdio::null());
     let server = Server::start(&mut command);
     Running { address: wait_for_listener(port), server }
@@ -178,7 +254,7 @@ async fn echo(port: u16) {
     }
 }
 
-async fn milter(port: u16) {
+async fn milter(port: u16, prompt: bool) {
     const QUIET: [ProtoOpts; 8] = [
         ProtoOpts::NOREPLY_CONNECT,
         ProtoOpts::NOREPLY_HELO,
@@ -207,23 +283,59 @@ async fn milter(port: u16) {
         .on_body(|_, _| Box::pin(async { Status::Noreply }))
         .on_eom(|_| Box::pin(async { Status::Continue }));
     let never = std::future::pending::<()>();
-    indymilter::run(Nodelay(listener), callbacks, Default::default(), never).await.expect("milter");
+    indymilter::run(Listener { listener, prompt }, callbacks, Default::default(), never)
+        .await
+        .expect("milter");
 }
 
-/// Without it the kernel would wait to fill a segment, as it does not for the daemon.
-struct Nodelay(TcpListener);
+struct Listener {
+    listener: TcpListener,
+    prompt: bool,
+}
 
-impl indymilter::Listener for Nodelay {
-    type Io = tokio::net::TcpStream;
+struct Connection {
+    stream: tokio::net::TcpStream,
+    prompt: bool,
+}
 
-    fn poll_accept(
-        &mut self,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<tokio::net::TcpStream>> {
-        self.0.poll_accept(cx).map(|accepted| {
+impl indymilter::Listener for Listener {
+    type Io = Connection;
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Connection>> {
+        let prompt = self.prompt;
+        self.listener.poll_accept(cx).map(|accepted| {
             let (stream, _) = accepted?;
+            // Without it the kernel would wait to fill a segment, as it does not for the daemon.
             stream.set_nodelay(true)?;
-            Ok(stream)
+            Ok(Connection { stream, prompt })
         })
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if self.prompt && result.is_ready() {
+            self.stream.set_quickack(true)?;
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -1,38 +1,102 @@
-//! Clients, as many as asked for, each with a thread and a connection of its own and one question at a time.
+//! Clients, as many as asked for, each with a connection of its own and one question at a time.
+//!
+//! They are to cost little, since both sides have them: a few threads, no more than processors, look after all
+//! connections with epoll(7). A thread for each, which sleeps in read(2), costs a third more.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::Plan;
-use crate::report::{Measured, Pair};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-/// Questions per second that all clients together had answered. Connecting, and each client's first question, are not
-/// counted.
-pub(crate) fn per_second<C>(
-    clients: usize,
-    plan: Plan,
-    connect: impl Fn() -> C + Sync,
-    ask: impl Fn(&mut C) + Sync,
-) -> f64 {
-    let start = Barrier::new(clients);
-    thread::scope(|scope| {
-        let client = || {
-            let mut connection = connect();
-            ask(&mut connection);
-            start.wait();
-            let began = Instant::now();
-            let mut answered = 0_u32;
-            while began.elapsed() < plan.duration {
-                ask(&mut connection);
-                answered += 1;
+use crate::Plan;
+use crate::accounting::{Measuring, Server, Watch};
+use crate::report::{Measured, Round};
+
+/// A connection over which one question is asked again and again.
+pub(crate) trait Client: AsFd {
+    /// Asks.
+    fn ask(&mut self);
+
+    /// Reads what has come, waiting until something has, and goes on; whether the question is answered to its end.
+    fn advance(&mut self) -> bool;
+
+    /// Asks, and waits for the end of the answer.
+    fn ask_and_wait(&mut self) {
+        self.ask();
+        while !self.advance() {}
+    }
+}
+
+/// How many questions were answered in which time.
+pub(crate) struct Answered {
+    pub(crate) count: f64,
+    pub(crate) seconds: f64,
+}
+
+impl Answered {
+    pub(crate) fn per_second(&self) -> f64 {
+        self.count / self.seconds
+    }
+}
+
+/// Asks for as long as is planned. Connecting, and each client's first question, are not in the time.
+pub(crate) fn ask<C: Client>(clients: usize, plan: Plan, connect: impl Fn() -> C + Sync) -> Answered {
+    let threads = clients.min(processors());
+    let start = Barrier::new(threads);
+    let rates = thread::scope(|scope| {
+        let (connect, start) = (&connect, &start);
+        let threads: Vec<_> = (0..threads)
+            .map(|n| {
+                // As even as can be.
+                let clients = (clients - n).div_ceil(threads);
+                scope.spawn(move || {
+                    let mut clients: Vec<C> = (0..clients).map(|_| connect()).collect();
+                    clients.iter_mut().for_each(Client::ask_and_wait);
+                    start.wait();
+                    keep_asking(&mut clients, plan.duration)
+                })
+            })
+            .collect();
+        let threads =
+            threads.into_iter().map(|thread| thread.join().expect("clients that got their answers"));
+        threads.collect::<Vec<_>>()
+    });
+    let seconds = plan.duration.as_secs_f64();
+    // Of each thread in its own time: one may have to wait for its last answers when others are done.
+    Answered { count: rates.iter().map(Answered::per_second).sum::<f64>() * seconds, seconds }
+}
+
+/// As many as this machine has.
+pub(crate) fn processors() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn keep_asking<C: Client>(clients: &mut [C], duration: Duration) -> Answered {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
+    let (began, mut count, mut open) = (Instant::now(), 0_u32, clients.len());
+    for (n, client) in clients.iter_mut().enumerate() {
+        epoll.add(&*client, EpollEvent::new(EpollFlags::EPOLLIN, n as u64)).expect("epoll_ctl");
+        client.ask();
+    }
+    let mut events = [EpollEvent::empty(); 64];
+    while open > 0 {
+        let ready = epoll.wait(&mut events, EpollTimeout::NONE).expect("epoll_wait");
+        for event in &events[..ready] {
+            let client = &mut clients[event.data() as usize];
+            if client.advance() {
+                count += 1;
+                if began.elapsed() < duration {
+                    client.ask();
+                } else {
+                    open -= 1;
+                }
             }
-            f64::from(answered) / began.elapsed().as_secs_f64()
-        };
-        let clients: Vec<_> = (0..clients).map(|_| scope.spawn(client)).collect();
-        clients.into_iter().map(|client| client.join().expect("a client that got its answers")).sum()
-    })
+        }
+    }
+    Answered { count: count.into(), seconds: began.elapsed().as_secs_f64() }
 }
 
 /// When questions come that do not wait for each other's answers: so many a second in the mean, independently of each
@@ -82,56 +146,41 @@ pub(crate) fn at_times<C>(
     measured.into_inner().unwrap()
 }
 
-/// One side of a figure: what gives its rate, and the processes that serve it.
+/// One side of a figure: what asks, and who is asked.
 pub(crate) struct Side<F> {
-    pub(crate) rate: F,
-    pub(crate) servers: Vec<u32>,
+    pub(crate) ask: F,
+    pub(crate) measuring: Measuring,
+    pub(crate) servers: Vec<Server>,
 }
 
 /// Measures both sides in turn, ours first.
-pub(crate) fn in_turn(plan: Plan, ours: Side<impl Fn() -> f64>, floor: Side<impl Fn() -> f64>) -> Vec<Pair> {
-    pairs(plan, || ours.measure(plan), || floor.measure(plan))
+pub(crate) fn in_turn(
+    plan: Plan,
+    ours: &Side<impl Fn() -> Answered>,
+    floor: &Side<impl Fn() -> Answered>,
+) -> Vec<Round> {
+    rounds(plan, || Round { ours: ours.measure(), floor: floor.measure(), references: Vec::new() })
 }
 
-/// The same for what has a measure of its own.
-pub(crate) fn pairs(plan: Plan, ours: impl Fn() -> Measured, floor: impl Fn() -> Measured) -> Vec<Pair> {
-    (0..plan.rounds).map(|_| Pair { ours: ours(), floor: floor() }).collect()
+/// The same for what has more sides.
+pub(crate) fn rounds(plan: Plan, round: impl Fn() -> Round) -> Vec<Round> {
+    (0..plan.rounds).map(|_| round()).collect()
 }
 
-impl<F: Fn() -> f64> Side<F> {
-    /// All that serves it has ended when the rate is known.
-    pub(crate) fn alone(rate: F) -> Self {
-        Self { rate, servers: Vec::new() }
+impl<F: Fn() -> Answered> Side<F> {
+    /// What these servers answer.
+    pub(crate) fn of(servers: Vec<Server>, ask: F) -> Self {
+        Self { ask, measuring: Measuring::Servers, servers }
     }
 
-    pub(crate) fn measure(&self, plan: Plan) -> Measured {
-        let before = processor_time(&self.servers);
-        let rate = (self.rate)();
-        let spent = processor_time(&self.servers) - before;
-        Measured { rate, processor_time: spent / (rate * plan.duration.as_secs_f64()) }
+    /// What a child does that has ended when the rate is known.
+    pub(crate) fn child(ask: F) -> Self {
+        Self { ask, measuring: Measuring::Children, servers: Vec::new() }
     }
-}
 
-/// Of servers with all their children, of the clients, which are threads of this process, and of its children that have
-/// ended; in seconds.
-pub(crate) fn processor_time(servers: &[u32]) -> f64 {
-    servers.iter().map(|server| of_tree(*server)).sum::<f64>() + of_process(std::process::id())
-}
-
-/// A child that ends meanwhile is counted for its parent from then on.
-fn of_tree(pid: u32) -> f64 {
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    let children = children.split_whitespace().filter_map(|child| child.parse().ok());
-    children.map(of_tree).sum::<f64>() + of_process(pid)
-}
-
-/// utime, stime, cutime and cstime of proc_pid_stat(5), in seconds.
-fn of_process(pid: u32) -> f64 {
-    /// USER_HZ is 100 on every architecture that Rust knows.
-    const TICKS_PER_SECOND: f64 = 100.0;
-    // A child may be gone by now.
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
-    let ticks: f64 = fields.skip(11).take(4).filter_map(|field| field.parse::<f64>().ok()).sum();
-    ticks / TICKS_PER_SECOND
+    pub(crate) fn measure(&self) -> Measured {
+        let watch = Watch::start(self.measuring, &self.servers);
+        let answered = (self.ask)();
+        Measured { rate: answered.per_second(), spent: watch.end().each(answered.count) }
+    }
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::common::stream::Stream;
 use crate::common::{Sandbox, Usermilter};
-use crate::milter::{Message, Session};
+use crate::load::Client;
+use crate::milter::{End, Message, Session};
 use crate::policy;
 use crate::site::{self, FILTERED, PLAIN};
 
@@ -48,11 +48,11 @@ pub(crate) fn report() {
     let mut sessions = Vec::with_capacity(CONNECTIONS);
     let mut clients = Vec::with_capacity(CONNECTIONS);
     for _ in 0..CONNECTIONS {
-        let mut session = Session::open(&milter, &message);
-        session.send();
+        let mut session = Session::open(&milter, &message, End::Accepted);
+        session.ask_and_wait();
         sessions.push(session);
-        let mut client = Stream::connect(&policy).expect("policy connection");
-        policy::ask(&mut client, &request);
+        let mut client = policy::Connection::open(&policy, &request);
+        client.ask_and_wait();
         clients.push(client);
     }
     thread::sleep(Duration::from_millis(500));
@@ -65,7 +65,7 @@ pub(crate) fn report() {
     let message = Message::new(&[FILTERED], 1 << 17);
     thread::scope(|scope| {
         let client = || {
-            let mut session = Session::open(&milter, &message);
+            let mut session = Session::open(&milter, &message, End::Accepted);
             session.send_unfinished(MESSAGE_SIZE);
             session
         };

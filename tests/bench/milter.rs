@@ -2,13 +2,14 @@
 //! agreed on, everything up to the next wait in one write, no more of a message after it was accepted.
 
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::common::Sandbox;
 use crate::common::milter::{ALL_ACTIONS, Frame, protocol};
 use crate::common::stream::Stream;
 use crate::floors::{Floor, Running};
-use crate::load::Side;
+use crate::load::{Answered, Client, Side};
 use crate::report::Outcome;
 use crate::site::{self, PLAIN, SENDER, Site};
 use crate::{Plan, load};
@@ -28,30 +29,15 @@ pub(crate) fn against_libmilter(site: &Site, plan: Plan) -> Outcome {
 
 fn against(site: &Site, plan: Plan, floor: &Running) -> Outcome {
     let message = Message::new(&[PLAIN], 4096);
-    Outcome::Measured(load::in_turn(
-        plan,
-        Side {
-            rate: || rate(&site.milter, &message, CONNECTIONS, plan, End::Accepted),
-            servers: site.processes(),
-        },
-        Side {
-            rate: || rate(&floor.address, &message, CONNECTIONS, plan, End::Accepted),
-            servers: floor.processes(),
-        },
-    ))
+    let send = |address: &str| send(address, &message, CONNECTIONS, plan, End::Accepted);
+    let ours = Side::of(site.servers(), || send(&site.milter));
+    let floor = Side::of(floor.servers(), || send(&floor.address));
+    Outcome::Measured(load::in_turn(plan, &ours, &floor))
 }
 
-/// Messages per second.
-pub(crate) fn rate(address: &str, message: &Message, connections: usize, plan: Plan, end: End) -> f64 {
-    load::per_second(
-        connections,
-        plan,
-        || Session::open(address, message),
-        |session| {
-            let answer = session.send();
-            assert!(end.is(answer), "the milter said {:?} of the message", char::from(answer));
-        },
-    )
+/// Sends a message again and again.
+pub(crate) fn send(address: &str, message: &Message, connections: usize, plan: Plan, end: End) -> Answered {
+    load::ask(connections, plan, || Session::open(address, message, end))
 }
 
 /// How long each of the messages that are sent at these times has to wait for the answer to its end.
@@ -59,11 +45,10 @@ pub(crate) fn waits(address: &str, message: &Message, times: &[Duration], end: E
     /// More than are ever under way.
     const CONNECTIONS: usize = 32;
     let ask = |session: &mut Session| {
-        let (answer, wait) = session.send_timed();
-        assert!(end.is(answer), "the milter said {:?} of the message", char::from(answer));
-        wait
+        session.ask_and_wait();
+        session.asked.elapsed()
     };
-    load::at_times(CONNECTIONS, times, || Session::open(address, message), ask)
+    load::at_times(CONNECTIONS, times, || Session::open(address, message, end), ask)
 }
 
 /// What is expected of a message.
@@ -127,7 +112,14 @@ pub(crate) struct Session {
     stream: Stream,
     /// What is written up to each wait, and the command whose answer is waited for.
     steps: Vec<(Vec<u8>, u8)>,
+    end: End,
     is_first: bool,
+    /// The step that is waited for, and since when.
+    step: usize,
+    asked: Instant,
+    /// What has come of an answer.
+    received: [u8; 512],
+    length: usize,
 }
 
 /// What the milter wants.
@@ -139,7 +131,7 @@ struct Terms {
 
 impl Session {
     /// Connects, negotiates, and introduces the client.
-    pub(crate) fn open(address: &str, message: &Message) -> Self {
+    pub(crate) fn open(address: &str, message: &Message, end: End) -> Self {
         let mut stream = Stream::connect(address).unwrap();
         let offer: Vec<u8> =
             [6, ALL_ACTIONS, protocol::ALL].iter().flat_map(|number: &u32| number.to_be_bytes()).collect();
@@ -148,8 +140,7 @@ impl Session {
         let mut script = Script::new(&terms);
         script.command(b'C', &[b"mx.sender.example\x004\x9c\xbb192.0.2.10\0"]);
         script.command(b'H', &[b"mx.sender.example\0"]);
-        let introduction = script.steps;
-        let rest = script.pending;
+        let (introduction, rest) = (script.steps, script.pending);
         let mut script = Script::new(&terms);
         // Postfix ends each message with ABORT, which stays in its buffer until it has more to say.
         script.pending = Frame::new(b'A', []).encode();
@@ -167,68 +158,110 @@ impl Session {
             script.command(b'B', &[chunk]);
         }
         script.command(b'E', &[]);
-        let mut session = Self { stream, steps: introduction, is_first: false };
-        session.send();
+        let mut session = Self {
+            stream,
+            steps: Vec::new(),
+            end,
+            is_first: true,
+            step: 0,
+            asked: Instant::now(),
+            received: [0; 512],
+            length: 0,
+        };
+        for (bytes, command) in introduction {
+            session.stream.write_all(&bytes).unwrap();
+            assert_eq!(
+                session.wait_for_answer(),
+                b'c',
+                "no wish to hear more than {:?}",
+                char::from(command)
+            );
+        }
         session.stream.write_all(&rest).unwrap();
-        Self { steps: script.steps, is_first: true, ..session }
+        session.steps = script.steps;
+        session
     }
 
     /// Sends a message but for its end, with as many bytes in its body: the last chunk of this session's message again and
     /// again.
     pub(crate) fn send_unfinished(&mut self, size: usize) {
-        let (_, start) = self.steps.split_last().expect("an end of message");
+        let steps = std::mem::take(&mut self.steps);
+        let (_, start) = steps.split_last().expect("an end of message");
         let (chunk, _) = start.last().expect("a body");
         let more = size.div_ceil(chunk.len());
         for bytes in start.iter().map(|(bytes, _)| bytes).chain(std::iter::repeat_n(chunk, more)) {
-            let skipped = if std::mem::take(&mut self.is_first) { ABORT_LENGTH } else { 0 };
+            let skipped = self.skipped();
             self.stream.write_all(&bytes[skipped..]).unwrap();
-            assert_eq!(read_answer(&mut self.stream), b'c', "the milter wants no more of it");
+            assert_eq!(self.wait_for_answer(), b'c', "the milter wants no more of it");
         }
     }
 
-    /// Sends the message, as far as the milter wants it; the answer that decided.
-    pub(crate) fn send(&mut self) -> u8 {
-        self.send_timed().0
+    fn write_step(&mut self) {
+        let skipped = self.skipped();
+        self.asked = Instant::now();
+        self.stream.write_all(&self.steps[self.step].0[skipped..]).unwrap();
     }
 
-    /// And how long that answer took.
-    pub(crate) fn send_timed(&mut self) -> (u8, Duration) {
-        let (mut answer, mut asked) = (b'c', Instant::now());
-        for (bytes, command) in &self.steps {
-            let skipped = if std::mem::take(&mut self.is_first) { ABORT_LENGTH } else { 0 };
-            asked = Instant::now();
-            self.stream.write_all(&bytes[skipped..]).unwrap();
-            answer = read_answer(&mut self.stream);
-            if answer != b'c' {
-                assert_ne!(*command, b'R', "a recipient was refused");
-                break;
+    /// Before the first message there is none to end.
+    fn skipped(&mut self) -> usize {
+        const ABORT_LENGTH: usize = 5;
+        if std::mem::take(&mut self.is_first) { ABORT_LENGTH } else { 0 }
+    }
+
+    fn wait_for_answer(&mut self) -> u8 {
+        loop {
+            if let Some(answer) = self.read_answer() {
+                return answer;
             }
         }
-        (answer, asked.elapsed())
+    }
+
+    /// The command byte of the next answer, if it is complete with what comes now; requests for patience are granted.
+    fn read_answer(&mut self) -> Option<u8> {
+        let n = self.stream.read(&mut self.received[self.length..]).unwrap();
+        assert!(n > 0, "the milter closed the connection");
+        self.length += n;
+        while let Some((header, _)) = self.received[..self.length].split_first_chunk() {
+            let frame = 4 + u32::from_be_bytes(*header) as usize;
+            if self.length < frame {
+                break;
+            }
+            let command = self.received[4];
+            self.received.copy_within(frame..self.length, 0);
+            self.length -= frame;
+            if command != b'p' {
+                assert_eq!(self.length, 0, "more than one answer");
+                return Some(command);
+            }
+        }
+        None
     }
 }
 
-const ABORT_LENGTH: usize = 5;
+impl Client for Session {
+    fn ask(&mut self) {
+        self.step = 0;
+        self.write_step();
+    }
 
-/// The command byte of the next answer; requests for patience are granted.
-fn read_answer(stream: &mut Stream) -> u8 {
-    let (mut buffer, mut length) = ([0; 4096], 0);
-    loop {
-        let n = stream.read(&mut buffer[length..]).unwrap();
-        assert!(n > 0, "the milter closed the connection");
-        length += n;
-        while length >= 5 {
-            let frame = 4 + u32::from_be_bytes([buffer[0], buffer[1], buffer[2], buffer[3]]) as usize;
-            if length < frame {
-                break;
-            }
-            if buffer[4] != b'p' {
-                assert_eq!(length, frame, "more than one answer");
-                return buffer[4];
-            }
-            buffer.copy_within(frame..length, 0);
-            length -= frame;
+    /// Goes on with the message as far as the milter wants it.
+    fn advance(&mut self) -> bool {
+        let Some(answer) = self.read_answer() else { return false };
+        let is_last = self.step + 1 == self.steps.len();
+        if answer == b'c' && !is_last {
+            self.step += 1;
+            self.write_step();
+            return false;
         }
+        assert_ne!(self.steps[self.step].1, b'R', "a recipient was refused");
+        assert!(self.end.is(answer), "the milter said {:?} of the message", char::from(answer));
+        true
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 

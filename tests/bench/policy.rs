@@ -2,14 +2,16 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Command, Stdio};
 
+use crate::accounting::Server as Measured;
 use crate::common::policy::Request;
 use crate::common::process::Server;
 use crate::common::sandbox::Sandbox;
 use crate::common::stream::Stream;
 use crate::floors::{Floor, wait_for_listener};
-use crate::load::Side;
+use crate::load::{Answered, Client, Side};
 use crate::report::Outcome;
 use crate::site::{self, PLAIN, RULED, SENDER, Site};
 use crate::{Plan, common, load};
@@ -46,13 +48,10 @@ pub(crate) fn postfwd(site: &Site, plan: Plan) -> Outcome {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let _server = Server::start(&mut command);
     let address = wait_for_listener(port);
-    let server = fs::read_to_string(&pid_file).unwrap().trim().parse().expect("a pid");
-    let request = request(PLAIN);
-    Outcome::Measured(load::in_turn(
-        plan,
-        Side { rate: || rate(&site.policy, &request, plan), servers: site.processes() },
-        Side { rate: || rate(&address, &request, plan), servers: vec![server] },
-    ))
+    let pid = fs::read_to_string(&pid_file).unwrap().trim().parse().expect("a pid");
+    let (request, servers) = (request(PLAIN), vec![Measured { pid, name: "postfwd1" }]);
+    let floor = Side::of(servers, || ask(&address, &request, plan));
+    Outcome::Measured(load::in_turn(plan, &side(site, PLAIN, plan), &floor))
 }
 
 const POSTFWD: &str = "/usr/sbin/postfwd1";
@@ -61,19 +60,15 @@ const POSTFWD: &str = "/usr/sbin/postfwd1";
 const FOREGROUND: &str = "\"$@\"; trap 'kill $(cat \"$0\"); exit' TERM; while :; do sleep 9 & wait; done";
 
 fn against_echo(site: &Site, plan: Plan, user: &str) -> Outcome {
-    let echo = Floor::echo();
-    let request = request(user);
-    Outcome::Measured(load::in_turn(
-        plan,
-        side(site, user, plan),
-        Side { rate: || rate(&echo.address, &request, plan), servers: echo.processes() },
-    ))
+    let (echo, request) = (Floor::echo(), request(user));
+    let floor = Side::of(echo.servers(), || ask(&echo.address, &request, plan));
+    Outcome::Measured(load::in_turn(plan, &side(site, user, plan), &floor))
 }
 
 /// A daemon that is asked for a user.
-pub(crate) fn side(site: &Site, user: &str, plan: Plan) -> Side<impl Fn() -> f64> {
+pub(crate) fn side(site: &Site, user: &str, plan: Plan) -> Side<impl Fn() -> Answered> {
     let request = request(user);
-    Side { rate: move || rate(&site.policy, &request, plan), servers: site.processes() }
+    Side::of(site.servers(), move || ask(&site.policy, &request, plan))
 }
 
 /// From a client that is judged.
@@ -81,24 +76,48 @@ pub(crate) fn request(user: &str) -> Vec<u8> {
     Request::rcpt(SENDER, &site::address_of(user)).with("size", "4096").encode()
 }
 
-fn rate(address: &str, request: &[u8], plan: Plan) -> f64 {
-    load::per_second(
-        CONNECTIONS,
-        plan,
-        || Stream::connect(address).unwrap(),
-        |connection| ask(connection, request),
-    )
+fn ask(address: &str, request: &[u8], plan: Plan) -> Answered {
+    load::ask(CONNECTIONS, plan, || Connection::open(address, request))
 }
 
-/// Asks, and sees to it that the answer is what nobody who refuses mail would say.
-pub(crate) fn ask(connection: &mut Stream, request: &[u8]) {
-    connection.write_all(request).unwrap();
-    let mut answer = [0; 512];
-    let mut length = 0;
-    while !answer[..length].ends_with(b"\n\n") {
-        let n = connection.read(&mut answer[length..]).unwrap();
-        assert!(n > 0, "the policy server closed the connection");
-        length += n;
+/// A connection on which one request is sent again and again.
+pub(crate) struct Connection<'a> {
+    stream: Stream,
+    request: &'a [u8],
+    /// What has come of the answer.
+    answer: [u8; 64],
+    length: usize,
+}
+
+impl<'a> Connection<'a> {
+    pub(crate) fn open(address: &str, request: &'a [u8]) -> Self {
+        Self { stream: Stream::connect(address).unwrap(), request, answer: [0; 64], length: 0 }
     }
-    assert!(answer[..length].eq_ignore_ascii_case(b"action=DUNNO\n\n"), "another answer than expected");
+}
+
+impl Client for Connection<'_> {
+    fn ask(&mut self) {
+        self.length = 0;
+        self.stream.write_all(self.request).unwrap();
+    }
+
+    /// Sees to it that the answer is what nobody who refuses mail would say.
+    fn advance(&mut self) -> bool {
+        let n = self.stream.read(&mut self.answer[self.length..]).unwrap();
+        assert!(n > 0, "the policy server closed the connection");
+        self.length += n;
+        let answer = &self.answer[..self.length];
+        let is_complete = answer.ends_with(b"\n\n");
+        assert!(
+            !is_complete || answer.eq_ignore_ascii_case(b"action=DUNNO\n\n"),
+            "another answer than expected"
+        );
+        is_complete
+    }
+}
+
+impl AsFd for Connection<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
 }

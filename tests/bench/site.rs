@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::accounting;
 use crate::common::process::Server;
 use crate::common::{self, PATIENCE, Sandbox, Usermilter, VirtualUsers, free_port, wait_until};
 
@@ -78,8 +79,8 @@ impl Site {
     }
 
     /// The monitor, whose child is the worker.
-    pub(crate) fn processes(&self) -> Vec<u32> {
-        vec![self.server.pid()]
+    pub(crate) fn servers(&self) -> Vec<accounting::Server> {
+        vec![accounting::Server::usermilter(self.server.pid())]
     }
 
     /// Sees to it that what was measured is what was meant.
@@ -156,7 +157,7 @@ fn senders() -> String {
     others.chain([format!("{SENDER}\n")]).collect()
 }
 
-/// What an administrator would write, with paths in the sandbox.
+/// What an administrator would write, with paths in the sandbox: all else is as it is by default.
 pub(crate) fn configuration(
     sandbox: &Sandbox,
     users: &VirtualUsers,
@@ -188,8 +189,7 @@ fn configuration_with(
 user = "nobody"
 milter = ["{milter}"]
 policy = ["{policy}"]
-control = "off"
-max-connections = 1000
+control = "unix:{control}"
 
 [recipients]
 domains = ["test.example"]
@@ -200,6 +200,7 @@ virtual-homes = ["{homes}"]
 spool-directory = "{spool}"
 {filter_option}
 "#,
+        control = sandbox.join("control").display(),
         homes = homes.display(),
         spool = spool.display(),
     )

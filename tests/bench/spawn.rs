@@ -28,20 +28,34 @@ pub(crate) struct Program {
     pub(crate) gid: u32,
 }
 
-/// Runs it for a while, `at_a_time` at a time, from a process that must have one thread; runs per second.
-pub(crate) fn per_second(program: &Program, at_a_time: usize, duration: Duration) -> f64 {
+/// Runs it for a while, `at_a_time` at a time, from a process that must have one thread; how often, and how long that
+/// took.
+pub(crate) fn run_for(program: &Program, at_a_time: usize, duration: Duration) -> (u32, Duration) {
     let started = Instant::now();
-    let (mut running, mut ended) = (0, 0_u32);
-    while running > 0 || started.elapsed() < duration {
-        while running < at_a_time && started.elapsed() < duration {
+    let count = run_while(program, at_a_time, |_| started.elapsed() < duration);
+    (count, started.elapsed())
+}
+
+/// The same, so many times.
+pub(crate) fn run_times(program: &Program, at_a_time: usize, count: u32) {
+    run_while(program, at_a_time, |started| started < count);
+}
+
+/// As long as another one is wanted, after so many; how many there were.
+fn run_while(program: &Program, at_a_time: usize, is_wanted: impl Fn(u32) -> bool) -> u32 {
+    let (mut running, mut started) = (0, 0);
+    loop {
+        while running < at_a_time && is_wanted(started) {
             start(program);
-            running += 1;
+            (running, started) = (running + 1, started + 1);
+        }
+        if running == 0 {
+            return started;
         }
         let status = wait().expect("wait");
-        assert!(matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)), "{status:?}");
-        (running, ended) = (running - 1, ended + 1);
+        assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+        running -= 1;
     }
-    f64::from(ended) / started.elapsed().as_secs_f64()
 }
 
 /// Runs it at these times, whether or not those before have ended, from a process that must have one thread; from when
