@@ -10,6 +10,9 @@ use std::fmt;
 /// of 2048 (line_length_limit, postconf(5)), and a longer one must not get around anybody's filter.
 pub const MAX_LENGTH: usize = 2048;
 
+/// What separates a user and a host within a local part, in the order in which Postfix looks for it.
+const ROUTING: [char; 3] = ['@', '!', '%'];
+
 /// A mailbox: `alice@example.org`, `"john doe"@example.org`, or a bare local part as in `postmaster`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address {
@@ -131,13 +134,26 @@ impl Address {
         }
     }
 
-    /// What the local part means to Postfix as an address of its own: `user@host` (resolve_dequoted_address), `host!user`
-    /// and `user%host` (swap_bangpath and allow_percent_hack, postconf(5)). Only a domain that is the MTA's own leads there.
-    pub fn without_routing(&self) -> Option<Self> {
-        let (user, host) = match (self.local.rsplit_once('@'), self.local.split_once('!')) {
+    /// Whether MTAs may read the local part in ways of their own: `al\\ice`, comments, and what
+    /// [`Address::without_routing`] follows.
+    pub fn has_other_readings(&self) -> bool {
+        self.local.contains(ROUTING) || self.local.contains(['\\', '(', ' ', ':', '[', ']'])
+    }
+
+    /// Where Postfix takes a mail whose local part is an address of its own, `user@host` (resolve_dequoted_address),
+    /// `host!user` or `user%host` (swap_bangpath and allow_percent_hack, postconf(5)): on and on, as long as `leads_on` says of
+    /// an address that its domain is the MTA's own. `None`: nowhere else.
+    pub fn without_routing(&self, leads_on: impl Fn(&Self) -> bool) -> Option<Self> {
+        let next = |address: &Self| address.next_hop().filter(|_| leads_on(address));
+        std::iter::successors(next(self), next).last()
+    }
+
+    fn next_hop(&self) -> Option<Self> {
+        let [at, bang, percent] = ROUTING;
+        let (user, host) = match (self.local.rsplit_once(at), self.local.split_once(bang)) {
             (Some(parts), _) => parts,
             (None, Some((host, user))) => (user, host),
-            (None, None) => self.local.rsplit_once('%')?,
+            (None, None) => self.local.rsplit_once(percent)?,
         };
         let domain = normalize_domain(host).filter(|_| !user.is_empty())?;
         Some(Self { local: user.to_owned(), domain: Some(domain) })
@@ -362,7 +378,7 @@ mod tests {
     #[test]
     fn bang_paths_and_percent_signs_are_routing() {
         let read = |text: &str| {
-            let address = Address::parse(text.as_bytes()).unwrap().without_routing();
+            let address = Address::parse(text.as_bytes()).unwrap().next_hop();
             address.map(|address| address.to_string())
         };
         assert_eq!(read("Example.org!alice").as_deref(), Some("alice@example.org"));

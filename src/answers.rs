@@ -131,6 +131,7 @@ mod tests {
     use crate::{
         address::Sender,
         recipient::{Decision, Source},
+        rules::WaitsForSize,
         transaction::Client,
         user::{Account, UserName},
         verdict::Opinion,
@@ -156,7 +157,7 @@ mod tests {
 
     fn ruled(by: &str) -> Ruled {
         let decision = Decision { opinion: Opinion::Accept, by: by.into(), source: Source::Rules };
-        Ruled { decision: Some(decision), waits_for_size: false }
+        Ruled { decision: Some(decision), waits_for_size: WaitsForSize::default() }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::{
     environment::{self, Subject},
     filter::Answer,
     monitor::{Phase, Variable},
-    recipient::{Decision, Judge, Recipient, Source, combine},
+    recipient::{Decision, Judge, Recipient, Source, Standing, combine},
     rules::{Mixed, Rules},
     ruling,
     transaction::Envelope,
@@ -68,14 +68,15 @@ impl<'a> Ballot<'a> {
             Self { recipients, polls: Vec::new(), seats: Vec::new(), everybody_counts, smtputf8 };
         for (n, recipient) in recipients.iter().enumerate() {
             let by_site = match (site.rules, &recipient.address) {
-                (Some(rules), Some(address)) if recipient.site_waits_for_size => {
+                (Some(rules), Some(address)) if recipient.site_waits_for_size.any() => {
                     ruling::decide(rules, Source::Site, envelope, address, Some(size)).decision
                 }
                 _ => None,
             };
-            let seats = match by_site {
-                Some(decision) => vec![Seat::Decided(decision)],
-                None => recipient.judges().iter().map(|j| ballot.seat(envelope, j, n, size)).collect(),
+            let seats = match (by_site, &recipient.standing) {
+                (Some(decision), _) => vec![Seat::Decided(decision)],
+                (None, Standing::Refused(decision)) => vec![Seat::Decided(decision.clone())],
+                (None, _) => recipient.judges().iter().map(|j| ballot.seat(envelope, j, n, size)).collect(),
             };
             ballot.seats.push(seats);
         }
@@ -84,12 +85,12 @@ impl<'a> Ballot<'a> {
 
     fn seat(&mut self, envelope: &Envelope, judge: &'a Judge, n: usize, size: u64) -> Seat {
         // Rules that look at the size were asked with what the client declared; now it is known.
-        if let (true, Some(rules), Some(address)) =
-            (judge.waits_for_size, &judge.holdings.rules, &self.recipients[n].address)
-            && let Some(decision) =
-                ruling::decide(rules, Source::Rules, envelope, address, Some(size)).decision
-        {
-            return Seat::Decided(decision);
+        if let (true, Some(address)) = (judge.waits_for_size.any(), &self.recipients[n].address) {
+            let decide =
+                |(rules, whose)| ruling::decide(rules, whose, envelope, address, Some(size)).decision;
+            if let Some(decision) = judge.rules().find_map(decide) {
+                return Seat::Decided(decision);
+            }
         }
         if let Some(decision) = &judge.decided {
             return Seat::Decided(decision.clone());
@@ -308,8 +309,8 @@ mod tests {
         filter::AnswerKind,
         holdings::Holdings,
         monitor::{FilterFile, Inspection},
-        recipient::Standing,
         reply::Reply,
+        rules::WaitsForSize,
         transaction::{Interface, RecipientArgument},
         user::{Account, User, UserName},
         verdict::Verdict,
@@ -360,7 +361,7 @@ mod tests {
             directory_rules: None,
             holdings: Arc::new(Holdings { inspection, ..Holdings::default() }),
             decided,
-            waits_for_size: false,
+            waits_for_size: WaitsForSize::default(),
         }
     }
 
@@ -369,7 +370,7 @@ mod tests {
             argument: RecipientArgument::default(),
             address: Some(Address::parse(format!("r{n}@example.org").as_bytes()).unwrap()),
             standing: Standing::Judged(seats.iter().map(judge).collect()),
-            site_waits_for_size: false,
+            site_waits_for_size: WaitsForSize::default(),
         };
         plans.iter().enumerate().map(recipient).collect()
     }

@@ -6,20 +6,38 @@
 
 use std::{
     error::Error,
-    fmt,
+    fmt::{self, Write as _},
     io::{self, Write},
+    mem::ManuallyDrop,
+    os::fd::{AsFd, AsRawFd},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl, open},
-    sys::stat::{Mode, SFlag, fstat},
+    sys::{
+        socket::{MsgFlags, SockType, getsockopt, send, sockopt},
+        stat::{Mode, SFlag, fstat},
+    },
     unistd::dup2_stderr,
 };
-use tracing::{level_filters::LevelFilter, warn};
-use tracing_subscriber::{Layer, Registry, fmt::MakeWriter, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing::{
+    field::{Field, Visit},
+    level_filters::LevelFilter,
+    warn,
+};
+use tracing_subscriber::{
+    Layer, Registry,
+    field::RecordFields,
+    fmt::{FormatFields, MakeWriter, format::Writer},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
-use crate::config::{Log, LogFormat, LogLevel};
+use crate::{
+    config::{Log, LogFormat, LogLevel},
+    sys,
+};
 
 /// Starts logging: to the journal when systemd connected standard error with it, else to standard error.
 pub fn start(log: &Log) {
@@ -30,7 +48,7 @@ pub fn start(log: &Log) {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    let journal = under_journald().then(tracing_journald::layer).and_then(Result::ok);
+    let journal = under_journald().then(journal).flatten();
     let layer = journal.map_or_else(|| lines(log.format, || StandardError), Layer::boxed);
     // A second start (tests in one process) changes nothing.
     let _ = tracing_subscriber::registry().with(layer.with_filter(level)).try_init();
@@ -48,8 +66,71 @@ where
         .with_target(false)
         .log_internal_errors(false);
     match format {
-        LogFormat::Text => lines.boxed(),
+        LogFormat::Text => lines.fmt_fields(Fields).boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    }
+}
+
+/// Fields as `name="value"`, the message without its name, as [`tracing_subscriber`] writes them where there are no colours, at a
+/// third of the work: every mail is a line.
+struct Fields;
+
+impl<'writer> FormatFields<'writer> for Fields {
+    fn format_fields<R: RecordFields>(&self, writer: Writer<'writer>, fields: R) -> fmt::Result {
+        let mut line = FieldWriter { writer, is_first: true, result: Ok(()) };
+        fields.record(&mut line);
+        line.result
+    }
+}
+
+struct FieldWriter<'writer> {
+    writer: Writer<'writer>,
+    is_first: bool,
+    result: fmt::Result,
+}
+
+impl Visit for FieldWriter<'_> {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        match field.name() {
+            "message" => self.record_debug(field, &format_args!("{value}")),
+            _ => self.record_debug(field, &value),
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let mut write = || {
+            if !std::mem::take(&mut self.is_first) {
+                self.writer.write_char(' ')?;
+            }
+            match field.name() {
+                // Ours escape strangers' text by themselves; libraries' need not.
+                "message" => write!(Sanitized(&mut self.writer), "{value:?}"),
+                name => {
+                    self.writer.write_str(name.strip_prefix("r#").unwrap_or(name))?;
+                    write!(self.writer, "={value:?}")
+                }
+            }
+        };
+        self.result = self.result.and_then(|()| write());
+    }
+}
+
+/// Escapes what a terminal could take for a command.
+struct Sanitized<W>(W);
+
+impl<W: fmt::Write> fmt::Write for Sanitized<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut plain = 0;
+        let is_bad = |c: char| matches!(c, '\x07' | '\x08' | '\x0c' | '\x1b' | '\x7f'..='\u{9f}');
+        for (at, c) in text.char_indices().filter(|(_, c)| is_bad(*c)) {
+            self.0.write_str(&text[plain..at])?;
+            match c {
+                '\u{80}'.. => write!(self.0, "\\u{{{:x}}}", u32::from(c))?,
+                _ => write!(self.0, "\\x{:02x}", u32::from(c))?,
+            }
+            plain = at + c.len_utf8();
+        }
+        self.0.write_str(&text[plain..])
     }
 }
 
@@ -61,24 +142,44 @@ fn under_journald() -> bool {
     fstat(io::stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
+/// The journal's own socket, which loses what it has no room for instead of waiting: a journal that stands still must not hold
+/// up the mail.
+fn journal() -> Option<tracing_journald::Layer> {
+    // The library keeps its socket to itself. It gets the lowest number that is free (socket(2)), as this copy does.
+    let number = io::stderr().as_fd().try_clone_to_owned().ok()?.as_raw_fd();
+    let layer = tracing_journald::layer().ok()?;
+    // The layer's; it is never closed here.
+    let socket = ManuallyDrop::new(sys::adopt(number));
+    if getsockopt(&*socket, sockopt::SockType) == Ok(SockType::Datagram) {
+        let _ = fcntl(&*socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK));
+    }
+    Some(layer)
+}
+
 /// Room for lines in the pipe behind standard error, in bytes: a second of much mail. The most that the kernel gives without
 /// privilege (pipe(7)).
 const PIPE_SIZE: i32 = 1 << 20;
 
-/// Makes standard error lose what a pipe has no room for, instead of waiting: a reader that stands still must not hold up
-/// the mail.
+/// Makes standard error lose what a pipe or socket has no room for, instead of waiting: a reader that stands still must not
+/// hold up the mail.
 ///
-/// The pipe is opened anew, since whoever else writes to it may rely on waiting. Where it can't be opened (it is a
-/// socket, or another user's) all stays as it was.
+/// Whoever else writes to it may rely on waiting. So a pipe is opened anew; where it can't be (it is another user's) all stays as
+/// it was. With a socket each call says that it does not wait.
 pub fn never_wait() {
-    let is_pipe = fstat(io::stderr())
-        .is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO);
+    let kind = fstat(io::stderr()).map_or(SFlag::empty(), |stat| SFlag::from_bits_truncate(stat.st_mode))
+        & SFlag::S_IFMT;
+    IS_SOCKET.store(kind == SFlag::S_IFSOCK, Ordering::Relaxed);
     let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    if is_pipe && let Ok(pipe) = open("/proc/self/fd/2", flags, Mode::empty()) {
+    if kind == SFlag::S_IFIFO
+        && let Ok(pipe) = open("/proc/self/fd/2", flags, Mode::empty())
+    {
         let _ = fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
         let _ = dup2_stderr(&pipe);
     }
 }
+
+/// Whether standard error is a socket, as that of a service under systemd.
+static IS_SOCKET: AtomicBool = AtomicBool::new(false);
 
 /// Lines of this process that were lost, and not told of yet.
 static LOST: AtomicUsize = AtomicUsize::new(0);
@@ -106,7 +207,13 @@ impl Write for StandardError {
         let mut stderr = io::stderr().lock();
         let mut write = |mut bytes: &[u8]| {
             while !bytes.is_empty() {
-                match stderr.write(bytes) {
+                let sent = if IS_SOCKET.load(Ordering::Relaxed) {
+                    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                    send(stderr.as_raw_fd(), bytes, flags).map_err(io::Error::from)
+                } else {
+                    stderr.write(bytes)
+                };
+                match sent {
                     Ok(written) => bytes = &bytes[written..],
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
                     Err(_) => break,
@@ -158,10 +265,17 @@ pub const MAX_QUOTED: usize = 500;
 
 impl fmt::Display for Quoted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in self.0.chars().take(MAX_QUOTED) {
-            write!(f, "{}", c.escape_debug())?;
+        let end = self.0.char_indices().nth(MAX_QUOTED).map_or(self.0.len(), |(at, _)| at);
+        let (text, is_cut) = (&self.0[..end], end < self.0.len());
+        // Mostly nothing is to be escaped: what stands between is written as a whole.
+        let is_plain = |c: char| matches!(c, ' '..='~') && !matches!(c, '"' | '\'' | '\\');
+        let mut written = 0;
+        for (at, c) in text.char_indices().filter(|(_, c)| !is_plain(*c)) {
+            write!(f, "{}{}", &text[written..at], c.escape_debug())?;
+            written = at + c.len_utf8();
         }
-        if self.0.chars().nth(MAX_QUOTED).is_some() {
+        f.write_str(&text[written..])?;
+        if is_cut {
             f.write_str("…")?;
         }
         Ok(())
@@ -170,11 +284,53 @@ impl fmt::Display for Quoted<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+
+    #[test]
+    fn fields_are_written_as_the_library_writes_them() {
+        let (ours, theirs) = (Arc::default(), Arc::default());
+        let layer = |buffer: &Arc<Mutex<Vec<u8>>>| {
+            let buffer = Arc::clone(buffer);
+            let writer = move || Buffer(Arc::clone(&buffer));
+            tracing_subscriber::fmt::layer().without_time().with_ansi(false).with_writer(writer)
+        };
+        let both = vec![layer(&ours).fmt_fields(Fields).boxed(), layer(&theirs).boxed()];
+        let subscriber = tracing_subscriber::registry().with(both);
+        tracing::subscriber::with_default(subscriber, || {
+            let odd = "a \"b\" \u{1b}[2J\u{9b}\u{7f}\0\t\u{2028}ü";
+            tracing::info!(from = odd, size = 7_u64, seconds = 0.25, is = true, none = "", "{odd} {}", 1);
+            tracing::warn!(error = %odd, what = ?Some(odd), r#type = 1, "{odd}");
+            tracing::error!("plain");
+            tracing::error!(message = odd, after = 1);
+            tracing::error!(alone = 1);
+        });
+        let text = |buffer: Arc<Mutex<Vec<u8>>>| String::from_utf8(buffer.lock().unwrap().clone()).unwrap();
+        let (ours, theirs) = (text(ours), text(theirs));
+        assert!(ours.lines().count() >= 5);
+        assert_eq!(ours, theirs);
+    }
+
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
 
     #[test]
     fn no_text_can_forge_a_line() {
         assert_eq!(Quoted("a\nb\u{1b}[0m\"c").to_string(), "a\\nb\\u{1b}[0m\\\"c");
+        let odd = "it's \\ ü \u{301}\t\0.";
+        let each: String = odd.chars().map(|c| c.escape_debug().to_string()).collect();
+        assert_eq!(Quoted(odd).to_string(), each);
         assert_eq!(Quoted(&"x".repeat(600)).to_string().chars().count(), MAX_QUOTED + 1);
     }
 

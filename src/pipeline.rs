@@ -25,7 +25,7 @@ use crate::{
     record::{self, Record},
     reply::Reply,
     resolver::{self, ldap::ServerState},
-    rules::{Mixed, Rules},
+    rules::{Mixed, Rules, WaitsForSize},
     ruling::{self, Ruled},
     spool::Message,
     transaction::{Client, Envelope, Interface, RecipientArgument},
@@ -114,7 +114,7 @@ impl Pipeline {
         first: &mut Option<FilterSet>,
     ) -> Recipient {
         let started = Instant::now();
-        let mut recipient = self.judge_recipient(envelope, argument).await;
+        let mut recipient = self.judge_recipient(envelope, argument, started).await;
         let mut known = recipient.known();
         if self.splits() && matches!(known, None | Some(Opinion::Accept)) {
             Self::split(&mut recipient, first);
@@ -175,11 +175,16 @@ impl Pipeline {
         }
     }
 
-    async fn judge_recipient(&self, envelope: &Envelope, argument: RecipientArgument) -> Recipient {
+    async fn judge_recipient(
+        &self,
+        envelope: &Envelope,
+        argument: RecipientArgument,
+        started: Instant,
+    ) -> Recipient {
         let mut recipient = Recipient {
             address: None,
             standing: Standing::Unjudged(String::new()),
-            site_waits_for_size: false,
+            site_waits_for_size: WaitsForSize::default(),
             argument,
         };
         let trusted = self.is_trusted(&envelope.client);
@@ -189,7 +194,7 @@ impl Pipeline {
             (None, Ok(address)) if Self::is_exempt(&self.settings.recipients, address) => {
                 Standing::Unjudged("exempt".into())
             }
-            (None, Ok(address)) => self.standing(envelope, &mut recipient, address).await,
+            (None, Ok(address)) => self.standing(envelope, &mut recipient, address, started).await,
             (None, Err(error)) => {
                 let raw = String::from_utf8_lossy(&recipient.argument.raw);
                 warn!("{}: recipient \"{}\" is not judged: {error}", envelope.queue_id(), Quoted(&raw));
@@ -200,14 +205,26 @@ impl Pipeline {
         recipient
     }
 
-    async fn standing(&self, envelope: &Envelope, recipient: &mut Recipient, address: &Address) -> Standing {
+    async fn standing(
+        &self,
+        envelope: &Envelope,
+        recipient: &mut Recipient,
+        address: &Address,
+        started: Instant,
+    ) -> Standing {
         let settings = &self.settings.recipients;
         let argument = &recipient.argument;
         let is_local = argument.mailer.as_ref().is_some_and(|mailer| settings.local_mailers.contains(mailer));
+        // If the message is no larger than is known: what users say at RCPT TO would come too early.
+        let mut site_decides = false;
         if let Some(rules) = self.site_rules().filter(|_| is_local || self.resolver.is_our_domain(address)) {
             let ruled = ruling::decide(rules, Source::Site, envelope, address, envelope.declared_size);
-            recipient.site_waits_for_size = ruled.waits_for_size;
+            site_decides = ruled.is_provisional();
+            recipient.site_waits_for_size =
+                if site_decides { WaitsForSize::ALL } else { ruled.waits_for_size };
             match ruled.decision {
+                // It may be the users' turn in the end.
+                Some(_) if site_decides => (),
                 Some(Decision { opinion: Opinion::Accept, by, .. }) => return Standing::Unjudged(by),
                 Some(decision) => return Standing::Refused(decision.in_words_for(envelope)),
                 None => (),
@@ -233,11 +250,13 @@ impl Pipeline {
             // Somebody gets the mail who can't be asked: whatever the others say, the recipient accepts.
             Ok(resolver::Resolution { unjudged: Some(why), .. }) => Standing::Unjudged(why),
             Ok(resolution) => {
-                // Side by side: the MTA waits for all of them, and its patience is that for one.
-                let deadline = Instant::now() + self.settings.filter.recipient_deadline.0;
-                let judges = resolution.users.into_iter();
-                let judges = judges.map(|user| self.judge(envelope, argument, address, user, deadline));
-                Standing::Judged(join_all(judges).await)
+                let deadline = started + self.settings.filter.recipient_deadline.0;
+                let judge = |user| self.judge(envelope, argument, address, user, deadline, site_decides);
+                Standing::Judged(match <[_; 1]>::try_from(resolution.users) {
+                    Ok([user]) => vec![judge(user).await],
+                    // Side by side: the MTA waits for all of them, and its patience is that for one.
+                    Err(users) => Box::pin(join_all(users.into_iter().map(judge))).await,
+                })
             }
         }
     }
@@ -246,7 +265,7 @@ impl Pipeline {
         self.settings.recipients.rules.as_ref().map(|rules| &*rules.compiled)
     }
 
-    /// What one user says at RCPT TO.
+    /// What one user says at RCPT TO; nothing if the site may decide.
     async fn judge(
         &self,
         envelope: &Envelope,
@@ -254,6 +273,7 @@ impl Pipeline {
         address: &Address,
         resolved: resolver::ResolvedUser,
         deadline: Instant,
+        site_decides: bool,
     ) -> Judge {
         let resolver::ResolvedUser { user, address: final_address, extension, directory_rules } = resolved;
         // What takes its time is boxed: this future is moved about for every recipient, and would be some KiB with it.
@@ -280,18 +300,19 @@ impl Pipeline {
             directory_rules,
             holdings,
             decided: unknown,
-            waits_for_size: false,
+            waits_for_size: if site_decides { WaitsForSize::ALL } else { WaitsForSize::default() },
         };
-        if judge.decided.is_some() {
+        if site_decides || judge.decided.is_some() {
             return judge;
         }
         if let Some(ruled) = self.ask_rules(envelope, address, &judge) {
-            judge.waits_for_size = ruled.waits_for_size;
-            match &ruled.decision {
-                // Accepted if it is no larger than is known: nothing is decided, and no executable is asked.
-                Some(Decision { opinion: Opinion::Accept, .. }) if ruled.waits_for_size => return judge,
-                decision => judge.decided = decision.clone(),
+            // So it is if the message is no larger than is known: nothing is decided, and no executable is asked.
+            if ruled.is_provisional() {
+                judge.waits_for_size = WaitsForSize::ALL;
+                return judge;
             }
+            judge.waits_for_size = ruled.waits_for_size;
+            judge.decided.clone_from(&ruled.decision);
         }
         let extension = judge.extension.as_deref();
         if judge.decided.is_none()
@@ -306,15 +327,11 @@ impl Pipeline {
 
     /// Asks the lists of the directory, then the user's rules. `None`: there are none.
     fn ask_rules(&self, envelope: &Envelope, address: &Address, judge: &Judge) -> Option<Arc<Ruled>> {
-        let directory = judge.directory_rules.as_deref().map(|rules| (rules, Source::Directory));
-        let own = judge.holdings.rules.as_ref().map(|rules| (rules, Source::Rules));
-        if directory.is_none() && own.is_none() {
-            return None;
-        }
+        judge.rules().next()?;
         let question = self.answers.question(&judge.user, envelope, address, &judge.address);
         Some(self.answers.of_rules(question, envelope, || {
-            let mut ruled = Ruled { decision: None, waits_for_size: false };
-            for (rules, whose) in directory.into_iter().chain(own) {
+            let mut ruled = Ruled { decision: None, waits_for_size: WaitsForSize::default() };
+            for (rules, whose) in judge.rules() {
                 ruled = ruling::decide(rules, whose, envelope, address, envelope.declared_size);
                 if ruled.decision.is_some() {
                     break;
@@ -644,16 +661,14 @@ impl Pipeline {
     }
 }
 
-/// A recipient's address. What has characters that MTAs read in ways of their own (`al\ice`, `c!alice`, `alice%c`,
-/// comments) is what the MTA says that it is, or else what Postfix makes of it: nobody's filter is to be got around by a
-/// spelling.
+/// A recipient's address. What MTAs read in ways of their own is what the MTA says that it is, or else what Postfix makes of it:
+/// nobody's filter is to be got around by a spelling.
 fn read_recipient(
     argument: &RecipientArgument,
     is_ours: impl Fn(&Address) -> bool,
 ) -> Result<Address, AddressError> {
     let plain = Address::parse(&argument.raw);
-    let is_odd = |address: &Address| address.local().contains(['\\', '!', '%', '@', '(', ' ', ':', '[', ']']);
-    if plain.as_ref().is_ok_and(|address| !is_odd(address)) {
+    if plain.as_ref().is_ok_and(|address| !address.has_other_readings()) {
         return plain;
     }
     let named = plain.or_else(|_| Address::from_client(&argument.raw));
@@ -661,9 +676,7 @@ fn read_recipient(
         (Some(mailbox), _) => Address::from_client(mailbox.as_bytes()).ok(),
         (None, Ok(address)) => {
             // A domain of ours leads to the rest of the way (trivial-rewrite(8)).
-            let leads_on = |address: &Address| address.domain().is_none() || is_ours(address);
-            let next = |address: &Address| address.without_routing().filter(|_| leads_on(address));
-            std::iter::successors(next(address), next).last()
+            address.without_routing(|address| address.domain().is_none() || is_ours(address))
         }
         (None, Err(_)) => None,
     };

@@ -6,7 +6,7 @@ use crate::{
     address::Address,
     holdings::Holdings,
     monitor::Phase,
-    rules::{Mixed, Rules},
+    rules::{Mixed, Rules, WaitsForSize},
     transaction::{Envelope, RecipientArgument},
     user::{User, UserName},
     verdict::{self, Opinion, Said},
@@ -21,8 +21,8 @@ pub struct Recipient {
     pub address: Option<Address>,
     /// Who decides.
     pub standing: Standing,
-    /// Whether the site's rules may decide otherwise once the real size is known.
-    pub site_waits_for_size: bool,
+    /// What the site's rules may overrule once the real size is known.
+    pub site_waits_for_size: WaitsForSize,
 }
 
 /// Who decides about a recipient.
@@ -102,8 +102,8 @@ pub struct Judge {
     pub holdings: Arc<Holdings>,
     /// What is decided before the message is seen.
     pub decided: Option<Decision>,
-    /// Whether the user's rules may decide otherwise once the real size is known.
-    pub waits_for_size: bool,
+    /// What the user's rules may overrule once the real size is known.
+    pub waits_for_size: WaitsForSize,
 }
 
 /// The message filters that judge a recipient; empty: none does.
@@ -130,11 +130,18 @@ impl Judge {
 
     /// The opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
-        match &self.decided {
-            Some(Decision { opinion: Opinion::Accept, .. }) | None if self.waits_for_size => None,
+        let known = match &self.decided {
             Some(decision) => Some(decision.opinion.clone()),
             None => self.message_filter().is_none().then_some(Opinion::Accept),
-        }
+        };
+        known.filter(|opinion| !self.waits_for_size.holds_back(opinion.verdict()))
+    }
+
+    /// The rules that are asked for the user, in order: the lists of the directory, then the user's own.
+    pub fn rules(&self) -> impl Iterator<Item = (&Rules, Source)> {
+        let directory = self.directory_rules.as_deref().map(|rules| (rules, Source::Directory));
+        let own = self.holdings.rules.as_ref().map(|rules| (rules, Source::Rules));
+        directory.into_iter().chain(own)
     }
 }
 
@@ -156,14 +163,12 @@ impl Recipient {
 
     /// The recipient's opinion, as far as it is known without the message.
     pub fn known(&self) -> Option<Opinion> {
-        if let Standing::Refused(decision) = &self.standing {
-            return Some(decision.opinion.clone());
-        }
-        match combine(self.judges().iter().map(Judge::known)) {
-            // The site is asked before the users, and may still refuse.
-            Some(Opinion::Accept) if self.site_waits_for_size => None,
-            known => known,
-        }
+        let known = match &self.standing {
+            Standing::Refused(decision) => Some(decision.opinion.clone()),
+            Standing::Unjudged(_) | Standing::Judged(_) => combine(self.judges().iter().map(Judge::known)),
+        };
+        // The site is asked before the users.
+        known.filter(|opinion| !self.site_waits_for_size.holds_back(opinion.verdict()))
     }
 
     /// The filters that judge the message for this recipient.
@@ -256,13 +261,13 @@ mod tests {
                 directory_rules: None,
                 holdings: Arc::new(Holdings { rules: Some(rules), ..Holdings::default() }),
                 decided: None,
-                waits_for_size: false,
+                waits_for_size: WaitsForSize::default(),
             };
             Recipient {
                 argument: RecipientArgument::default(),
                 address: None,
                 standing: Standing::Judged(vec![judge]),
-                site_waits_for_size: false,
+                site_waits_for_size: WaitsForSize::default(),
             }
         };
         assert_eq!(with("mixed = \"drop\"").mixed(Mixed::Deliver), Mixed::Deliver);

@@ -47,15 +47,14 @@ impl Record<'_> {
     /// Writes the line.
     pub fn log(&self) {
         let verdicts = match &self.verdicts {
-            Some(verdicts) => verdicts.clone(),
-            None => self.recipients.iter().map(standing).collect(),
+            Some(verdicts) => verdicts.join(", "),
+            None => joined(self.recipients.iter().map(standing), ", "),
         };
-        let to: Vec<String> = self.recipients.iter().map(|recipient| shown(&recipient.argument)).collect();
+        let to = joined(self.recipients.iter().map(|recipient| shown(&recipient.argument)), ",");
         let separator = if self.why.is_empty() { "" } else { " without message: " };
         let what = format!("{}{separator}{}", self.opinion.verdict().as_str(), self.why);
         let size = self.size.unwrap_or(0);
-        let line =
-            Line { to: to.join(","), verdicts: verdicts.join(", "), changes: &self.changes, what, size };
+        let line = Line { to, verdicts, changes: &self.changes, what, size };
         line.log(self.envelope, self.opinion, self.started);
     }
 }
@@ -111,8 +110,17 @@ impl Line<'_> {
 
 /// The start of a text that strangers can make long.
 fn shorten(text: &str) -> &str {
+    if text.len() <= MAX_FIELD_LENGTH {
+        return text;
+    }
     let end = text.char_indices().nth(MAX_FIELD_LENGTH).map_or(text.len(), |(at, _)| at);
     &text[..end]
+}
+
+/// Mostly there is one.
+fn joined(mut texts: impl Iterator<Item = String>, separator: &str) -> String {
+    let first = texts.next().unwrap_or_default();
+    texts.fold(first, |all, next| all + separator + &next)
 }
 
 fn standing(recipient: &Recipient) -> String {
@@ -120,8 +128,7 @@ fn standing(recipient: &Recipient) -> String {
         Standing::Unjudged(why) => format!("{} ({why})", shown(&recipient.argument)),
         Standing::Refused(Decision { opinion, by, .. }) => format!("-={} ({by})", opinion.verdict().as_str()),
         Standing::Judged(judges) => {
-            let each = judges.iter().map(|judge| Told::before_message(recipient, judge).line());
-            each.collect::<Vec<_>>().join(", ")
+            joined(judges.iter().map(|judge| Told::before_message(recipient, judge).line()), ", ")
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::{
     address::Address,
     recipient::{Decision, Source},
     reply::Reply,
-    rules::{Action, Question, Rules},
+    rules::{Action, Question, Rules, WaitsForSize},
     transaction::Envelope,
     verdict::{Opinion, Verdict},
 };
@@ -14,8 +14,17 @@ use crate::{
 pub struct Ruled {
     /// The decision, unless they leave it to the filters.
     pub decision: Option<Decision>,
-    /// Whether it may be another if the message is larger than is known.
-    pub waits_for_size: bool,
+    /// What is not final, theirs or that of who is asked after them, as long as the message may be larger.
+    pub waits_for_size: WaitsForSize,
+}
+
+impl Ruled {
+    /// Whether there is a decision, and it is not final.
+    pub fn is_provisional(&self) -> bool {
+        self.decision
+            .as_ref()
+            .is_some_and(|decision| self.waits_for_size.holds_back(decision.opinion.verdict()))
+    }
 }
 
 /// Asks the rules, which are `whose`. `size`: as far as it is known, in bytes.
@@ -53,5 +62,8 @@ pub fn decide(
     };
     let by = || ruling.rule.map_or_else(|| format!("{owner}default rule"), |n| format!("{owner}rule {n}"));
     let decision = opinion.map(|opinion| Decision { opinion, by: by(), source: whose });
-    Ruled { decision, waits_for_size: ruling.waits_for_size }
+    // Who declared a size is judged by it at RCPT TO. An accept would stand for whatever comes then.
+    let waits_for_size =
+        WaitsForSize { refusal: ruling.waits_for_size.refusal && size.is_none(), ..ruling.waits_for_size };
+    Ruled { decision, waits_for_size }
 }

@@ -5,9 +5,13 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::site::{MAIL_MACROS, SiteBuilder, send_message};
@@ -139,6 +143,85 @@ fn a_source_that_was_never_readable_is_our_trouble_and_not_an_unknown_user() {
         assert!(wait_until(Duration::from_secs(8), || who(&site, "alice@test.example") == "alice ext="));
         assert_eq!(who(&site, "nobody-here@test.example"), "550 5.1.1 no such user here");
     }
+}
+
+/// Writes a file in place: a line of no interest every 20 ms until it is told to stop, and then the text.
+fn write_slowly(path: &Path, text: String) -> impl FnOnce() {
+    let mut file = File::create(path).unwrap();
+    let (stop, stopped) = mpsc::channel::<()>();
+    let writer = thread::spawn(move || {
+        while stopped.recv_timeout(Duration::from_millis(20)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            file.write_all(b"# more ").unwrap();
+        }
+        file.write_all(format!("\n{text}").as_bytes()).unwrap();
+    });
+    move || {
+        drop(stop);
+        writer.join().unwrap();
+    }
+}
+
+#[test]
+fn a_file_that_is_being_written_when_a_worker_starts_makes_nobody_unknown() {
+    let builder = Site::of(&[("alice", 5001)])
+        .set("recipients", "unknown", "\"reject\"")
+        .filter("alice", "message", WHO);
+    let file = builder.users.passwd_file().to_owned();
+    let text = fs::read_to_string(&file).unwrap();
+    // For longer than anybody waits.
+    let finish = write_slowly(&file, text.clone());
+    let mut site = builder.start();
+    for _ in 0..20 {
+        assert_eq!(who(&site, "alice@test.example"), "accepted");
+    }
+    site.daemon.wait_for_log("users: being written", PATIENCE);
+    finish();
+    assert!(wait_until(PATIENCE, || who(&site, "alice@test.example") == "alice ext="));
+    assert_eq!(who(&site, "nobody-here@test.example"), "550 5.1.1 no such user here");
+
+    // For a moment: who serves goes on with what it has, until the next has read all.
+    let finish = write_slowly(&file, text);
+    let seen = site.daemon.log_lines().len();
+    site.daemon.signal(nix::sys::signal::Signal::SIGHUP);
+    let until = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < until {
+        assert_eq!(who(&site, "alice@test.example"), "alice ext=");
+    }
+    finish();
+    site.daemon.wait_for_log_after(seen, " ready ", PATIENCE);
+    assert_eq!(who(&site, "alice@test.example"), "alice ext=");
+    assert_eq!(who(&site, "nobody-here@test.example"), "550 5.1.1 no such user here");
+}
+
+/// A user database that hangs says as little about server.user as one that does not know it any more.
+#[test]
+fn who_the_worker_is_is_asked_once_and_not_for_every_file_and_worker() {
+    let builder = Site::of(&[("alice", 5001)]).filter("alice", "message", WHO);
+    let file = builder.users.passwd_file().to_owned();
+    let resolver = passwd_file(&builder);
+    let builder = builder.resolvers(resolver).set("recipients", "unknown", "\"reject\"").set(
+        "server",
+        "user",
+        "\"umt-worker\"",
+    );
+    // Seen only in a mount namespace of the daemon's own, and changed in place.
+    let system = fs::read_to_string("/etc/passwd").unwrap();
+    let passwd = builder.sandbox.write("passwd", format!("{system}umt-worker:x:65533:65533::/:/bin/false\n"));
+    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
+    let wrapper = ["unshare", "-m", "/bin/sh", "-c", script, passwd.to_str().unwrap()].map(str::to_owned);
+    let site = builder.start_under(&wrapper);
+    let worker = site.daemon.worker_pid();
+    assert_eq!(who(&site, "alice@test.example"), "alice ext=");
+    fs::write(&passwd, &system).unwrap();
+
+    fs::write(&file, "# nobody\n").unwrap();
+    let unknown = || who(&site, "alice@test.example") == "550 5.1.1 no such user here";
+    assert!(wait_until(PATIENCE, unknown), "{}", who(&site, "alice@test.example"));
+    let seen = site.daemon.log_lines().len();
+    let worker = nix::unistd::Pid::from_raw(worker.cast_signed());
+    nix::sys::signal::kill(worker, nix::sys::signal::Signal::SIGKILL).unwrap();
+    site.daemon.wait_for_log_after(seen, " ready ", PATIENCE);
+    assert!(unknown());
 }
 
 #[test]

@@ -242,6 +242,106 @@ fn the_real_size_counts_at_the_end_of_the_message() {
     scene.site.daemon.wait_for_log_after(seen, "without message: nobody's filter decides", PATIENCE);
 }
 
+/// What comes of a mail to one recipient: of friends, of foes, without or with a declared size, small or large.
+struct BySize<'a> {
+    scene: &'a Scene,
+    name: &'a str,
+}
+
+impl BySize<'_> {
+    /// The policy service's action, the reply to RCPT TO, and to the message if it gets there.
+    fn of(&self, sender: &str, parameters: &str, message: &[u8]) -> (String, u16, String) {
+        let address = format!("{}@test.example", self.name);
+        let size = parameters.strip_prefix("SIZE=").unwrap_or("0");
+        let request = Request::rcpt(sender, &address).with("size", size);
+        let action = policy::Client::connect(self.scene.site.policy_address()).ask(&request);
+        let mut client = self.scene.client();
+        client.mail_from(sender, parameters);
+        let rcpt = client.rcpt_to(&address).code;
+        let reply = if rcpt == 250 { client.data(message).text() } else { String::new() };
+        client.quit();
+        (action, rcpt, reply)
+    }
+}
+
+#[test]
+fn a_rule_that_waits_for_the_size_is_not_passed_over_by_what_comes_after_it() {
+    const RULES: &str = "[[rule]]\nsize-over = \"20K\"\naction = \"filter\"\n\
+                         [[rule]]\nsender = \"friend@*\"\naction = \"accept\"\n\
+                         [[rule]]\nsender = \"foe@*\"\naction = \"reject\"\nreply = \"5.7.1 rule\"\n";
+    let large = [MESSAGE, &b"\n0123456789012345678901234567890123456789\n".repeat(700)].concat();
+    // The site's rules, and a user's own.
+    for whose in ["site", "user"] {
+        let mut setting = Setting::of(&["alice"]);
+        if whose == "site" {
+            let path = setting.site.sandbox.write("site-rules.toml", RULES);
+            setting = setting.recipients(&format!("rules = \"{}\"\nunknown = \"reject\"", path.display()));
+        } else {
+            setting.site.users.file("alice", "rules.toml", RULES);
+        }
+        setting.site.users.filter("alice", "recipient", rcpt::counting("recipient", 77, "too early"));
+        setting.site.users.filter("alice", "message", rcpt::counting("message", 77, "filter"));
+        let scene = setting.start();
+        let alice = BySize { scene: &scene, name: "alice" };
+        let dunno = || "DUNNO".to_owned();
+        for declared in ["", "SIZE=100"] {
+            let (action, rcpt, reply) = alice.of("friend@sender.example", declared, MESSAGE);
+            assert_eq!((action, rcpt), (dunno(), 250), "{whose} {declared}");
+            assert!(reply.starts_with("2.0.0"), "{whose} {declared}: {reply}");
+            let (action, rcpt, reply) = alice.of("friend@sender.example", declared, &large);
+            assert_eq!((action, rcpt, reply), (dunno(), 250, "5.7.1 filter".into()), "{whose} {declared}");
+        }
+        // Whoever declares a size is judged by it at once.
+        for message in [MESSAGE, &large] {
+            let (action, rcpt, _) = alice.of("foe@sender.example", "SIZE=100", message);
+            assert_eq!((action, rcpt), ("550 5.7.1 rule".to_owned(), 550), "{whose}");
+        }
+        for (message, expected) in [(MESSAGE, "5.7.1 rule"), (&large, "5.7.1 filter")] {
+            let (action, rcpt, reply) = alice.of("foe@sender.example", "", message);
+            assert_eq!((action, rcpt, reply), (dunno(), 250, expected.into()), "{whose}");
+        }
+        assert_eq!(runs(&scene.site.users, "alice", "message"), 3, "{whose}");
+        assert_eq!(runs(&scene.site.users, "alice", "recipient"), 0, "{whose}");
+        if whose == "site" {
+            // Nobody has this address, but the site may accept what it gets.
+            let nobody = BySize { scene: &scene, name: "umt-nobody" };
+            assert_eq!(nobody.of("friend@sender.example", "", MESSAGE).0, "DUNNO");
+        }
+    }
+}
+
+#[test]
+fn a_refusal_of_users_waits_for_a_rule_that_may_accept_a_large_message() {
+    const RULES: &str = "[[rule]]\nsize-over = \"20K\"\naction = \"accept\"\n";
+    let large = [MESSAGE, &b"\n0123456789012345678901234567890123456789\n".repeat(700)].concat();
+    for whose in ["site", "user"] {
+        let mut setting = Setting::of(&["alice", "ruled"]);
+        if whose == "site" {
+            let path = setting.site.sandbox.write("site-rules.toml", RULES);
+            setting = setting.recipients(&format!("rules = \"{}\"", path.display()));
+            let reject = "default = \"reject\"\n";
+            setting.site.users.file("ruled", "rules.toml", reject);
+        } else {
+            setting.site.users.file("alice", "rules.toml", RULES);
+            let reject = format!("default = \"reject\"\n{RULES}");
+            setting.site.users.file("ruled", "rules.toml", reject);
+        }
+        setting.site.users.filter("alice", "recipient", rcpt::says(77, "message refused by the recipient"));
+        let scene = setting.start();
+        for name in ["alice", "ruled"] {
+            let it = BySize { scene: &scene, name };
+            let refused = "5.7.1 message refused by the recipient".to_owned();
+            let (action, rcpt, reply) = it.of(STRANGER, "", MESSAGE);
+            assert_eq!((action.as_str(), rcpt, reply), ("DUNNO", 250, refused.clone()), "{whose} {name}");
+            let (action, rcpt, reply) = it.of(STRANGER, "", &large);
+            assert_eq!((action.as_str(), rcpt), ("DUNNO", 250), "{whose} {name}");
+            assert!(reply.starts_with("2.0.0"), "{whose} {name}: {reply}");
+            let (action, rcpt, _) = it.of(STRANGER, "SIZE=100", MESSAGE);
+            assert_eq!((action, rcpt), (format!("550 {refused}"), 550), "{whose} {name}");
+        }
+    }
+}
+
 #[test]
 fn a_file_with_an_error_is_ignored_whole_and_the_log_says_where() {
     let reject = "[[rule]]\nsender = \"*\"\naction = \"reject\"\n";

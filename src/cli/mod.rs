@@ -144,7 +144,7 @@ where
         Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(SOFTWARE)),
         Err(error) => {
             eprintln!("usermilter: {}", Chain(&error));
-            ExitCode::from(SOFTWARE)
+            ExitCode::from(if error.is_misconfiguration() { CONFIG } else { SOFTWARE })
         }
     }
 }

@@ -62,14 +62,7 @@ pub(super) fn run(arguments: Arguments) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{}", Chain(&error));
-            match error {
-                MonitorError::Config(_)
-                | MonitorError::Bind(_)
-                | MonitorError::Worker { misconfigured: true } => ExitCode::from(CONFIG),
-                MonitorError::System { .. } | MonitorError::Worker { misconfigured: false } => {
-                    ExitCode::FAILURE
-                }
-            }
+            if error.is_misconfiguration() { ExitCode::from(CONFIG) } else { ExitCode::FAILURE }
         }
     }
 }

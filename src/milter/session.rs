@@ -55,8 +55,6 @@ enum State {
 
 struct Transaction {
     envelope: Envelope,
-    /// Host name of the MTA, for the Received header.
-    host: String,
     recipients: Vec<Recipient>,
     /// The filters that judge the first recipient.
     first: Option<FilterSet>,
@@ -154,7 +152,6 @@ impl Session {
         };
         self.state = State::Envelope(Box::new(Transaction {
             envelope,
-            host: value(macros, c"j").unwrap_or_else(|| "localhost".into()),
             recipients: Vec::new(),
             first: None,
             unjudged,
@@ -236,7 +233,7 @@ impl Session {
                 self.pipeline.without_message(envelope, recipients, "nobody's filter decides").opinion,
             );
         }
-        let content = match self.new_spool(&transaction) {
+        let content = match self.new_spool(&transaction, macros) {
             Ok(spool) => Content::Spooling(spool),
             Err(error) => Content::Failed(self.spool_failed(&error)),
         };
@@ -244,14 +241,15 @@ impl Session {
         None
     }
 
-    fn new_spool(&self, transaction: &Transaction) -> io::Result<Spool> {
+    fn new_spool(&self, transaction: &Transaction, macros: &Macros) -> io::Result<Spool> {
         let filter = &self.settings.filter;
         let metrics = self.pipeline.metrics().spool.clone();
         let settings = SpoolSettings { metrics, ..SpoolSettings::new(filter) };
         let mut spool = Spool::new(settings, transaction.envelope.declared_size)?;
         if filter.trace_headers {
-            let now = jiff::Timestamp::now();
-            trace_headers::write(&mut spool, &transaction.envelope, &transaction.host, now)?;
+            // Of the MTA.
+            let host = value(macros, c"j").unwrap_or_else(|| "localhost".into());
+            trace_headers::write(&mut spool, &transaction.envelope, &host, jiff::Timestamp::now())?;
         }
         Ok(spool)
     }

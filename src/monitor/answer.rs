@@ -12,14 +12,20 @@ use super::{
     child::{NOT_RUN, keep_only, refused},
     wire::{self, Question, Refusal, Report},
 };
-use crate::{config::Config, inquiry, logging::Chain, worker};
+use crate::{config::Config, inquiry, logging::Chain, worker::WorkerUser};
 
-/// Answers, in a process just forked from `monitor`. Returns the exit status.
-pub(super) fn answer(question: &Question, config: &Config, monitor: Pid, report: &OwnedFd) -> i32 {
+/// Answers as `user`, in a process just forked from `monitor`. Returns the exit status.
+pub(super) fn answer(
+    question: &Question,
+    config: &Config,
+    user: &WorkerUser,
+    monitor: Pid,
+    report: &OwnedFd,
+) -> i32 {
     if keep_only(report).is_err() {
         return NOT_RUN;
     }
-    let answer = become_worker(config, monitor).and_then(|()| find_out(question, config));
+    let answer = become_worker(user, monitor).and_then(|()| find_out(question, config));
     let (status, report_text, bytes) = match answer {
         Ok((answer, bytes)) => (0, answer, bytes),
         Err(refusal) => (NOT_RUN, Report::Refusal(refusal), Vec::new()),
@@ -32,9 +38,9 @@ pub(super) fn answer(question: &Question, config: &Config, monitor: Pid, report:
     status
 }
 
-fn become_worker(config: &Config, monitor: Pid) -> Result<(), Refusal> {
+fn become_worker(user: &WorkerUser, monitor: Pid) -> Result<(), Refusal> {
     setsid().map_err(|e| refused("setsid", e))?;
-    worker::drop_privileges(&config.server.user).map_err(|e| refused("privileges", Chain(&e)))?;
+    user.take_over().map_err(|e| refused("privileges", Chain(&e)))?;
     prctl::set_no_new_privs().map_err(|e| refused("prctl(PR_SET_NO_NEW_PRIVS)", e))?;
     prctl::set_dumpable(false).map_err(|e| refused("prctl(PR_SET_DUMPABLE)", e))?;
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|e| refused("prctl(PR_SET_PDEATHSIG)", e))?;

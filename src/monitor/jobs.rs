@@ -23,6 +23,7 @@ use super::{
 use crate::{
     config::{Config, Filter},
     sys::{self, ChildEnd},
+    worker::WorkerUser,
 };
 
 /// From SIGTERM to SIGKILL.
@@ -105,6 +106,7 @@ impl Jobs {
         request: &Request<'_>,
         descriptors: &[OwnedFd],
         config: &Config,
+        worker_user: &WorkerUser,
     ) -> Result<Option<Ended>, BadRequest> {
         let settings = &config.filter;
         let has_room = self.of_worker(worker) < Self::limit(settings);
@@ -123,7 +125,7 @@ impl Jobs {
             Request::Ask { job, question } => {
                 let report = only(descriptors)?;
                 let monitor = getpid();
-                (*job, FILES_TIME_LIMIT, fork_job(&|| answer(question, config, monitor, report)))
+                (*job, FILES_TIME_LIMIT, fork_job(&|| answer(question, config, worker_user, monitor, report)))
             }
             Request::Run { job, user, phase, extension, variables, time_limit } => {
                 let (stdin, stdout, stderr) = match descriptors {

@@ -39,7 +39,7 @@ use crate::{
     config::{Config, ConfigError},
     logging::{Chain, tell_lost},
     sys::{self, ChildEnd},
-    worker::{self, Inherited},
+    worker::{self, Inherited, UserError, WorkerUser},
 };
 
 /// How long a new worker may take until it is ready.
@@ -85,10 +85,21 @@ pub enum MonitorError {
     },
     /// The first worker did not come up; its own message is in the log.
     #[error("the worker could not be started")]
-    Worker {
-        /// Whether the configuration is at fault.
-        misconfigured: bool,
-    },
+    Worker,
+    /// Nobody can be a worker.
+    #[error(transparent)]
+    User(#[from] UserError),
+}
+
+impl MonitorError {
+    /// Whether the configuration has to be changed, or the host.
+    pub fn is_misconfiguration(&self) -> bool {
+        match self {
+            Self::Config(_) | Self::Bind(_) => true,
+            Self::User(error) => !matches!(error, UserError::Unavailable { .. }),
+            Self::System { .. } | Self::Worker => false,
+        }
+    }
 }
 
 fn system(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
@@ -120,7 +131,7 @@ pub fn run_once(
         Monitor::start(None, config, Listeners::default(), Activated::default(), Box::new(run_worker))?;
     monitor.runs_once = true;
     monitor.run()?;
-    monitor.status.ok_or(MonitorError::Worker { misconfigured: false })
+    monitor.status.ok_or(MonitorError::Worker)
 }
 
 /// As [`serve`], with another worker: what the monitor withstands is tested with one that breaks every rule.
@@ -173,6 +184,8 @@ struct Monitor {
     workers: Vec<Worker>,
     /// Of the worker that serves.
     settings: Arc<Config>,
+    /// The same; looked up anew only for another name, since the user database may hang.
+    user: WorkerUser,
     listeners: Listeners,
     /// Sockets that no configuration can take away.
     activated: Activated,
@@ -221,6 +234,7 @@ struct Worker {
     is_ready: bool,
     started: Instant,
     settings: Arc<Config>,
+    user: WorkerUser,
     listeners: Listeners,
     /// Events that the socket had no room for.
     outgoing: VecDeque<Vec<u8>>,
@@ -246,7 +260,9 @@ impl Monitor {
         let manager = Manager::new();
         let impatient = manager.interval().map(|interval| interval / PINGS_FOR_A_SIGN);
         let ping_interval = impatient.map_or(PING_INTERVAL, |interval| interval.min(PING_INTERVAL));
+        let user = WorkerUser::look_up(&config.server.user)?;
         let mut monitor = Self {
+            user,
             history: History::new(config_path.clone()),
             config_path,
             run_worker,
@@ -268,7 +284,8 @@ impl Monitor {
             served: false,
             buffer: vec![0; MAX_PACKET],
         };
-        monitor.start_worker(Arc::clone(&monitor.settings), monitor.listeners.clone(), Role::Serving)?;
+        let (settings, user) = (Arc::clone(&monitor.settings), monitor.user.clone());
+        monitor.start_worker(settings, user, monitor.listeners.clone(), Role::Serving)?;
         Ok(monitor)
     }
 
@@ -342,7 +359,8 @@ impl Monitor {
             if let Some(ended) = self.jobs.ended(pid, end) {
                 self.tell_end(&ended);
             } else if let Some(at) = self.workers.iter().position(|w| w.pid == pid) {
-                let worker = self.workers.remove(at);
+                let mut worker = self.workers.remove(at);
+                worker.ready |= worker.left_ready(&mut self.buffer);
                 self.worker_ended(&worker, end)?;
             }
             sys::reap(pid);
@@ -374,11 +392,14 @@ impl Monitor {
                 self.reload_failed(&format!("the new worker failed: {end}"));
             }
             Role::Serving if self.stopping.is_some() => (),
-            Role::Serving if !self.served => {
-                let misconfigured = end == ChildEnd::Exited(worker::MISCONFIGURED);
-                return Err(MonitorError::Worker { misconfigured });
+            Role::Serving if !self.served && !worker.ready => {
+                return Err(MonitorError::Worker);
             }
             Role::Serving => {
+                // Ready for a moment, in which it may have served.
+                if !std::mem::replace(&mut self.served, true) {
+                    self.manager.ready("serving");
+                }
                 if worker.started.elapsed() >= HEALTHY_AFTER {
                     self.restart.pause = BACKOFF.0;
                 }
@@ -427,6 +448,7 @@ impl Monitor {
             self.history.reloaded();
             self.listeners = self.workers[at].listeners.clone();
             self.settings = settings;
+            self.user = self.workers[at].user.clone();
             self.restart.at = None;
             self.hurry_the_eldest();
         }
@@ -479,7 +501,7 @@ impl Monitor {
         } else if self.restart.at.is_some_and(|at| at <= now) {
             self.restart.at = None;
             let (settings, listeners) = (Arc::clone(&self.settings), self.listeners.clone());
-            if let Err(error) = self.start_worker(settings, listeners, Role::Serving) {
+            if let Err(error) = self.start_worker(settings, self.user.clone(), listeners, Role::Serving) {
                 error!(pause = ?self.restart.pause, "no worker can be started: {}", Chain(&error));
                 self.restart.later();
             }
@@ -523,8 +545,12 @@ impl Monitor {
         self.manager.reloading();
         let outcome =
             Config::load(self.config_path.as_deref()).map_err(MonitorError::from).and_then(|config| {
+                let user = match &config.server.user {
+                    name if *name == self.settings.server.user => self.user.clone(),
+                    name => WorkerUser::look_up(name)?,
+                };
                 let listeners = Listeners::bind(&config.server, &self.listeners, &self.activated)?;
-                self.start_worker(Arc::new(config), listeners, Role::Candidate)
+                self.start_worker(Arc::new(config), user, listeners, Role::Candidate)
             });
         match outcome {
             Ok(()) => info!("reloading: new worker started"),
@@ -567,6 +593,7 @@ impl Monitor {
     fn start_worker(
         &mut self,
         settings: Arc<Config>,
+        user: WorkerUser,
         listeners: Listeners,
         role: Role,
     ) -> Result<(), MonitorError> {
@@ -588,6 +615,7 @@ impl Monitor {
                 sockets.map(|sockets| sockets.into_iter().map(sys::adopt).collect());
             (self.run_worker)(Inherited {
                 settings: Arc::clone(&settings),
+                user: user.clone(),
                 monitor,
                 // The owners of these are the parent's; in this process they are never dropped.
                 channel: sys::adopt(theirs.as_raw_fd()),
@@ -611,6 +639,7 @@ impl Monitor {
             is_ready: false,
             started: Instant::now(),
             settings,
+            user,
             listeners,
             outgoing: VecDeque::new(),
         });
@@ -687,6 +716,15 @@ impl Worker {
         }
     }
 
+    /// Whether a worker that is dead said that it is ready, and nobody has heard it yet.
+    fn left_ready(&self, buffer: &mut [u8]) -> bool {
+        let mut is_ready = || {
+            let received = sys::receive_with_descriptors(&self.channel, buffer).ok()?;
+            Some(matches!(decode(&buffer[..received.length]), Ok(Request::Ready)))
+        };
+        !self.killed && (0..MAX_PACKETS_AT_ONCE).any(|_| is_ready() == Some(true))
+    }
+
     fn handle_packets(
         &mut self,
         buffer: &mut [u8],
@@ -717,7 +755,7 @@ impl Worker {
             } else if let Request::Alive = request {
                 self.unanswered = 0;
             } else if let Some(failed) =
-                jobs.start(self.id, &request, &received.descriptors, &self.settings)?
+                jobs.start(self.id, &request, &received.descriptors, &self.settings, &self.user)?
             {
                 let event = Event::Finished { job: failed.id, end: failed.end, elapsed: 0 };
                 self.send(&event);

@@ -76,7 +76,10 @@ impl Request {
 
     /// The same as text. Strangers choose some values, which then need not be UTF-8.
     pub fn get(&self, attribute: Attribute) -> Option<Cow<'_, str>> {
-        self.bytes(attribute).map(String::from_utf8_lossy)
+        // Mostly they are, which this finds out sooner.
+        let text =
+            |value| std::str::from_utf8(value).map_or_else(|_| String::from_utf8_lossy(value), Cow::Borrowed);
+        self.bytes(attribute).map(text)
     }
 }
 

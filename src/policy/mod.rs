@@ -216,7 +216,7 @@ fn action(opinion: &Opinion) -> Cow<'static, str> {
 
 fn client(request: &Request) -> Client {
     let text = |attribute| request.get(attribute).map(Cow::into_owned);
-    let known = |attribute| text(attribute).filter(|value| value != "unknown");
+    let known = |attribute| request.get(attribute).filter(|value| value != "unknown").map(Cow::into_owned);
     let address = request.get(Attribute::ClientAddress).and_then(|address| address.parse::<IpAddr>().ok());
     Client {
         address: address.map(|address| address.to_canonical()),

@@ -293,7 +293,7 @@ impl Chain {
             }
             for leaf in expansion.leaves {
                 let found = match leaf {
-                    Leaf::Address(leaf) if is_ours(&leaf) => self.look_up(&leaf, trace).await?,
+                    Leaf::Address(leaf) if is_ours(&leaf) => self.look_up(leaf, trace).await?,
                     Leaf::Address(leaf) => {
                         Found::Resolution(Resolution::unjudged(format!("{leaf} is not ours")))
                     }
@@ -334,12 +334,17 @@ impl Chain {
         address.domain().is_none_or(|domain| self.domains.iter().any(|ours| ours == domain))
     }
 
-    async fn look_up(&self, address: &Address, trace: &mut Trace<'_>) -> Result<Found, Unavailable> {
+    async fn look_up(&self, address: Address, trace: &mut Trace<'_>) -> Result<Found, Unavailable> {
         let (base, extension) = address.split_extension(&self.delimiters);
         let whole = (address.local(), None);
         let candidates = std::iter::once(whole).chain(extension.map(|extension| (base, Some(extension))));
         for (local, extension) in candidates {
-            let name = address.with_local(local.to_lowercase());
+            let is_lower = |byte: u8| byte.is_ascii() && !byte.is_ascii_uppercase();
+            let name = if local.len() == address.local().len() && local.bytes().all(is_lower) {
+                Cow::Borrowed(&address)
+            } else {
+                Cow::Owned(address.with_local(local.to_lowercase()))
+            };
             for resolver in &self.resolvers {
                 let started = trace.is_heard().then(Instant::now);
                 let answer = resolver.lookup(&name).await;
@@ -355,8 +360,8 @@ impl Chain {
                     Lookup::Unjudged(why) => return Ok(Found::Resolution(Resolution::unjudged(why))),
                     Lookup::User(user, directory_rules) => {
                         let extension = extension.map(str::to_lowercase);
-                        let user =
-                            ResolvedUser { user, address: address.clone(), extension, directory_rules };
+                        drop(name);
+                        let user = ResolvedUser { user, address, extension, directory_rules };
                         return Ok(Found::Resolution(Resolution { users: vec![user], unjudged: None }));
                     }
                 }

@@ -304,7 +304,9 @@ bob@bücher.example:*:5003:5000::/var/vmail/bob:
         let path = dir.path().join("users");
         let file = PasswdFile::open(&path);
         assert!(matches!(look_up(&file, "a"), Answer::Unavailable(_)));
-        fs::write(&path, "").unwrap();
+        fs::write(&path, "b:x:2:1::/b:\n").unwrap();
+        file.refresh();
+        assert!(matches!(look_up(&file, "a"), Answer::Unavailable(_)), "it may be half-written");
         file.refresh();
         assert_eq!(look_up(&file, "a"), Answer::NotFound);
     }

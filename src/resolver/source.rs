@@ -6,7 +6,9 @@
 //!
 //! A file is best replaced by renaming, which shows in the next look. One that is written in place may be half-written when
 //! we look, and who is missing from it would be taken for unknown, and refused for good: so a change in place counts when the
-//! next look finds it the same, and a text that was cut off never does while there is an older one.
+//! next look finds it the same, and a text that was cut off never does while there is an older one. A file that is read for the
+//! first time, and was written a moment ago, is not taken before that either: who opens it waits, and for one that is written
+//! for longer, nobody knows.
 
 use std::fs::{self, Metadata, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,7 +16,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
@@ -28,6 +31,13 @@ pub const MAX_SIZE: u64 = 64 * 1024 * 1024;
 /// A file this young may be written again without a new modification time (FAT counts in steps of 2 s, NFS
 /// and ext3 in 1 s), so it is read once more when it is older.
 const TIME_GRANULARITY: Duration = Duration::from_secs(2);
+
+/// How long a file must stay the same until a change in place counts, when it is waited for.
+const SETTLING: Duration = Duration::from_millis(500);
+
+/// How long a file that is being written is waited for when it is opened: until one whose last line is unfinished is no longer
+/// young, and counts.
+const OPENING_TIME_LIMIT: Duration = Duration::from_secs(3);
 
 /// Problems kept and logged for one reading of a file: the first ones say what is wrong, a million would bury it.
 pub const MAX_PROBLEMS: usize = 100;
@@ -95,6 +105,19 @@ struct LastReading {
     failure: Option<String>,
 }
 
+impl LastReading {
+    /// Whether a new text is what its author wants it to be.
+    fn is_settled(&self, seen: &Seen, bytes: &[u8]) -> bool {
+        let is_the_same = self.draft == Some(seen.digest);
+        match &self.seen {
+            Some(old) => is_the_same || seen.identity.was_renamed_over(&old.identity),
+            None if !seen.young => true,
+            // Some write no newline at the end, and some files are empty: that is seen when they are older.
+            None => bytes.last() == Some(&b'\n') && (is_the_same || seen.identity.was_written_before()),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Seen {
     identity: Identity,
@@ -144,6 +167,9 @@ pub enum ReadError {
     /// It is shorter than before, in the middle of a line: somebody is writing it.
     #[error("cut off: shorter than before, and its last line is unfinished")]
     CutOff,
+    /// There is nothing older to use meanwhile.
+    #[error("being written")]
+    BeingWritten,
 }
 
 impl ReadError {
@@ -154,7 +180,8 @@ impl ReadError {
 }
 
 impl<T: Default> SourceFile<T> {
-    /// Reads the file for the first time. A file that cannot be read is no error here: see [`SourceFile::available`].
+    /// Reads the file for the first time, and waits a little for one that is just being written. A file that cannot be read is
+    /// no error here: see [`SourceFile::available`].
     pub fn open(path: impl Into<PathBuf>, parse: Parser<T>) -> Self {
         Self::open_as(path.into(), parse, Owners::Any)
     }
@@ -178,7 +205,25 @@ impl<T: Default> SourceFile<T> {
             last: Mutex::default(),
         };
         source.refresh();
+        let until = Instant::now() + OPENING_TIME_LIMIT;
+        while source.is_being_written() && Instant::now() < until {
+            thread::sleep(SETTLING);
+            source.refresh();
+        }
+        if source.is_being_written() {
+            source.note_failure(&mut source.lock_last(), &ReadError::BeingWritten);
+        }
         source
+    }
+
+    /// Whether there is something that nobody is sure of, and nothing else.
+    fn is_being_written(&self) -> bool {
+        let last = self.lock_last();
+        last.seen.is_none() && last.draft.is_some()
+    }
+
+    fn lock_last(&self) -> MutexGuard<'_, LastReading> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The path as it was given.
@@ -223,20 +268,21 @@ impl<T: Default> SourceFile<T> {
 
     /// As [`SourceFile::refresh`], for a process that may not open the file itself. To look at it (stat(2)) it may.
     pub fn refresh_by(&self, inquiry: &Inquiry) {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.lock_last();
         match self.read_if_changed(last.seen.as_ref(), inquiry) {
             Ok(reading) => {
+                let is_new = |seen: &Seen| last.seen.as_ref().is_none_or(|old| old.digest != seen.digest);
+                let reading = reading.map(|(seen, bytes)| (is_new(&seen), seen, bytes));
+                if let Some((true, seen, bytes)) = &reading
+                    && !last.is_settled(seen, bytes)
+                {
+                    last.draft = Some(seen.digest);
+                    return;
+                }
                 if last.failure.take().is_some() {
                     tracing::info!("{}: can be read again", self.path.display());
                 }
-                if let Some((seen, bytes)) = reading {
-                    let old = last.seen.as_ref();
-                    let is_new = old.is_none_or(|old| old.digest != seen.digest);
-                    let is_settled = old.is_none_or(|old| seen.identity.was_renamed_over(&old.identity));
-                    if is_new && !is_settled && last.draft != Some(seen.digest) {
-                        last.draft = Some(seen.digest);
-                        return;
-                    }
+                if let Some((is_new, seen, bytes)) = reading {
                     if is_new {
                         self.publish(&bytes);
                     }
@@ -365,7 +411,12 @@ fn believed_owner(metadata: &Metadata) -> Result<(), ReadError> {
 impl Identity {
     /// Whether it is another file, and what was last done to it is no writing.
     fn was_renamed_over(&self, old: &Self) -> bool {
-        (self.device, self.inode) != (old.device, old.inode) && self.modified != self.changed
+        (self.device, self.inode) != (old.device, old.inode) && self.was_written_before()
+    }
+
+    /// Whether the last that was done to it is no writing, but a renaming, or a change of its mode.
+    fn was_written_before(&self) -> bool {
+        self.modified != self.changed
     }
 
     fn of(metadata: &Metadata) -> Self {
@@ -541,6 +592,71 @@ mod tests {
     }
 
     #[test]
+    fn a_first_text_that_is_being_written_is_nobodys_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("source");
+        let source = SourceFile::open(&path, lines);
+        for text in ["", "one\n", "one\ntw", "one\ntwo\n"] {
+            fs::write(&path, text).unwrap();
+            source.refresh();
+            assert!(source.ask().is_err(), "{text:?}");
+        }
+        source.refresh();
+        assert_eq!(*source.ask().unwrap(), ["one", "two"]);
+        // Which of them its author wants, only time can tell.
+        for (text, expected) in [("one\ntw", &["one", "tw"][..]), ("", &[])] {
+            let source = SourceFile::open(dir.path().join("none"), lines);
+            let source = SourceFile { path: path.clone(), ..source };
+            fs::write(&path, text).unwrap();
+            refresh_twice(&source);
+            assert!(source.ask().is_err(), "{text:?}");
+            set_age(&path, TIME_GRANULARITY + Duration::from_secs(1));
+            source.refresh();
+            assert_eq!(*source.ask().unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn who_opens_a_file_waits_until_it_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("source");
+        let mut file = File::create(&path).unwrap();
+        let writer = thread::spawn(move || {
+            for line in ["one\n", "two\n", "thr", "ee\n"] {
+                thread::sleep(Duration::from_millis(50));
+                file.write_all(line.as_bytes()).unwrap();
+            }
+        });
+        let source = SourceFile::open(&path, lines);
+        writer.join().unwrap();
+        assert_eq!(*source.ask().unwrap(), ["one", "two", "three"]);
+    }
+
+    #[test]
+    fn a_file_that_is_written_for_long_is_not_known_until_it_stays_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("source");
+        let mut file = File::create(&path).unwrap();
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let writer = thread::spawn(move || {
+            while stopped.try_recv().is_err() {
+                file.write_all(b"one\n").unwrap();
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let mut opened = None;
+        let log = logged(|| opened = Some(SourceFile::open(&path, lines)));
+        let source = opened.unwrap();
+        assert!(source.ask().unwrap_err().ends_with("source: being written"));
+        assert!(log.contains("source: being written"), "{log}");
+        stop.send(()).unwrap();
+        writer.join().unwrap();
+        let log = logged(|| refresh_twice(&source));
+        assert!(source.available());
+        assert!(log.contains("can be read again"), "{log}");
+    }
+
+    #[test]
     fn a_file_renamed_over_the_old_one_is_read_even_if_it_is_as_old_and_as_long() {
         let dir = tempfile::tempdir().unwrap();
         let (path, next) = (dir.path().join("source"), dir.path().join("next"));
@@ -625,7 +741,7 @@ mod tests {
         let reason = source.ask().unwrap_err();
         assert!(reason.contains("source: No such file"), "{reason}");
         fs::write(&path, "one\n").unwrap();
-        source.refresh();
+        refresh_twice(&source);
         assert!(source.available());
         assert_eq!(*source.ask().unwrap(), ["one"]);
     }
@@ -639,7 +755,7 @@ mod tests {
         assert!(source.ask().unwrap_err().contains("not a regular file"));
         fs::remove_file(&path).unwrap();
         fs::write(&path, "one\n").unwrap();
-        source.refresh();
+        refresh_twice(&source);
         fs::remove_file(&path).unwrap();
         mkfifo(&path);
         source.refresh();

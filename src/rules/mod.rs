@@ -44,6 +44,7 @@ pub use self::senders::MAX_SENDER_LINES;
 use self::pattern::{AddressPattern, ClientPattern, HeloPattern, host_key};
 use self::senders::{AddressSet, Mailbox};
 use crate::address::{Address, Sender};
+use crate::verdict::Verdict;
 
 /// What is known about a mail at RCPT TO, or again at the end of the message.
 #[derive(Clone, Copy, Debug)]
@@ -100,9 +101,41 @@ pub struct Ruling<'a> {
     pub reply: Option<&'a str>,
     /// The number of the rule that matches, counted from 1. `None`: the default.
     pub rule: Option<usize>,
-    /// Whether a rule before it would match a larger message, so that the answer may be another once the real size is
-    /// known.
-    pub waits_for_size: bool,
+    /// What can be no last word before the real size is known, since a rule before it would match a larger message.
+    pub waits_for_size: WaitsForSize,
+}
+
+/// Which answers, of rules or of who is asked after them, are not final: rules that would match a larger message say otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WaitsForSize {
+    /// Accepting.
+    pub accept: bool,
+    /// Rejecting and deferring.
+    pub refusal: bool,
+}
+
+impl WaitsForSize {
+    /// Whatever is said.
+    pub const ALL: Self = Self { accept: true, refusal: true };
+
+    /// Whether anything does.
+    pub fn any(self) -> bool {
+        self.accept || self.refusal
+    }
+
+    /// Whether this is not final.
+    pub fn holds_back(self, verdict: Verdict) -> bool {
+        match verdict {
+            Verdict::Accept => self.accept,
+            Verdict::Reject | Verdict::Defer => self.refusal,
+        }
+    }
+
+    /// When rules say `action` as long as the message is no larger, and one of `larger` if it is.
+    fn new(action: Action, larger: &[Action]) -> Self {
+        let says_otherwise = |than| larger.iter().any(|other| *other != action && *other != than);
+        Self { accept: says_otherwise(Action::Accept), refusal: says_otherwise(Action::Reject) }
+    }
 }
 
 /// A rules file that has been understood. The [`Default`] is the empty one, which leaves everything to the filters.
@@ -171,18 +204,23 @@ impl Rules {
     /// not known (the client's name, say) doesn't match.
     pub fn judge<'a>(&'a self, question: &Question<'_>) -> Ruling<'a> {
         let asked = Asked::new(question);
-        let mut waits_for_size = false;
+        let mut larger = Vec::new();
+        let ruling = |action, reply, rule, larger: &[Action]| Ruling {
+            action,
+            reply,
+            rule,
+            waits_for_size: WaitsForSize::new(action, larger),
+        };
         for (number, rule) in (1..).zip(&self.rules) {
             if !rule.matches_but_for_size(&asked, &self.sender_files) {
                 continue;
             }
             if is_none_or(&rule.size_over, |limit| question.size.is_some_and(|size| size > *limit)) {
-                let reply = rule.reply.as_deref();
-                return Ruling { action: rule.action, reply, rule: Some(number), waits_for_size };
+                return ruling(rule.action, rule.reply.as_deref(), Some(number), &larger);
             }
-            waits_for_size = true;
+            larger.push(rule.action);
         }
-        Ruling { action: self.default, reply: None, rule: None, waits_for_size }
+        ruling(self.default, None, None, &larger)
     }
 
     /// The user's own wish for a refused copy of a mail that others accept.

@@ -124,7 +124,7 @@ fn the_rules_file_of_the_manual_is_understood() {
         action: Action::Reject,
         reply: Some("5.7.1 not to this address"),
         rule: Some(1),
-        waits_for_size: false,
+        waits_for_size: WaitsForSize::default(),
     };
     assert_eq!(rules.judge(&mail.question()), ruling);
     // All keys must match: each alone, changed, undoes it.
@@ -139,7 +139,8 @@ fn the_rules_file_of_the_manual_is_understood() {
     for other in undone {
         let ruling = rules.judge(&other.question());
         assert_eq!(ruling.rule, None, "{other:?}");
-        assert_eq!(ruling.waits_for_size, other.size != mail.size, "{other:?}");
+        let waits = WaitsForSize { accept: other.size != mail.size, refusal: false };
+        assert_eq!(ruling.waits_for_size, waits, "{other:?}");
     }
 }
 
@@ -148,7 +149,8 @@ fn an_empty_file_leaves_everything_to_the_filters() {
     let rules = rules("# nothing yet\n");
     assert!(rules.is_empty());
     assert_eq!((rules.mixed(), rules.redirect_extension()), (None, None));
-    let ruling = Ruling { action: Action::Filter, reply: None, rule: None, waits_for_size: false };
+    let ruling =
+        Ruling { action: Action::Filter, reply: None, rule: None, waits_for_size: WaitsForSize::default() };
     assert_eq!(rules.judge(&mail().question()), ruling);
 }
 
@@ -171,7 +173,7 @@ fn an_answer_waits_for_the_size_only_if_a_rule_before_it_does() {
     let ask = |helo: &str, from: &str, size| {
         let mail = Mail { helo: Some(helo.to_owned()), sender: sender(from), size, ..mail() };
         let ruling = rules.judge(&mail.question());
-        (ruling.rule, ruling.waits_for_size)
+        (ruling.rule, ruling.waits_for_size.accept)
     };
     assert_eq!(ask("y", "friend@example.com", None), (Some(2), false));
     assert_eq!(ask("x", "friend@example.com", None), (Some(2), true));
@@ -179,6 +181,26 @@ fn an_answer_waits_for_the_size_only_if_a_rule_before_it_does() {
     assert_eq!(ask("x", "friend@example.com", Some(6)), (Some(1), false));
     assert_eq!(ask("y", "other@example.com", Some(100)), (None, true));
     assert_eq!(ask("y", "other@example.com", Some(101)), (Some(3), false));
+}
+
+#[test]
+fn what_says_the_same_of_a_larger_message_is_not_waited_for() {
+    let waits = |larger: &str, small: &str| {
+        let text = format!("default = \"{small}\"\n[[rule]]\nsize-over = 5\naction = \"{larger}\"\n");
+        let waits = rules(&text).judge(&mail().question()).waits_for_size;
+        (waits.accept, waits.refusal)
+    };
+    for action in ["accept", "reject", "defer", "filter"] {
+        assert_eq!(waits(action, action), (false, false), "{action}");
+    }
+    // What rules say themselves, and, where they leave it to filters, what those say.
+    assert_eq!(waits("filter", "accept"), (true, true));
+    assert_eq!(waits("reject", "accept"), (true, false));
+    assert!(waits("accept", "reject").1 && waits("filter", "reject").1 && waits("defer", "reject").1);
+    assert!(waits("accept", "defer").1 && waits("filter", "defer").1);
+    assert_eq!(waits("reject", "defer"), (true, false), "who is put off may come again");
+    assert_eq!(waits("accept", "filter"), (false, true));
+    assert_eq!(waits("reject", "filter"), (true, false));
 }
 
 #[test]
@@ -191,7 +213,7 @@ fn the_default_is_for_what_no_rule_matches() {
     ] {
         let rules =
             rules(&format!("default = \"{name}\"\n[[rule]]\nhelo=\"x\"\naction=\"accept\"\nreply=\"r\""));
-        let ruling = Ruling { action, reply: None, rule: None, waits_for_size: false };
+        let ruling = Ruling { action, reply: None, rule: None, waits_for_size: WaitsForSize::default() };
         assert_eq!(rules.judge(&mail().question()), ruling);
         assert!(!rules.is_empty());
     }

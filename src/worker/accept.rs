@@ -21,6 +21,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
+use super::threads::Threads;
 use crate::metrics::{ConnectionMetrics, OneMore, Service};
 
 /// Pause after accept(2) failed, for instance because descriptors ran out.
@@ -72,7 +73,29 @@ impl Listener {
     }
 }
 
+/// A connection that is not watched.
+pub(super) enum Unwatched {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
 impl Stream {
+    /// Has it watched no more by the runtime that it was made in.
+    pub(super) fn unwatch(self) -> io::Result<Unwatched> {
+        Ok(match self {
+            Self::Tcp(stream) => Unwatched::Tcp(stream.into_std()?),
+            Self::Unix(stream) => Unwatched::Unix(stream.into_std()?),
+        })
+    }
+
+    /// Has it watched by the runtime that this is called in.
+    pub(super) fn watch(stream: Unwatched) -> io::Result<Self> {
+        Ok(match stream {
+            Unwatched::Tcp(stream) => Self::Tcp(TcpStream::from_std(stream)?),
+            Unwatched::Unix(stream) => Self::Unix(UnixStream::from_std(stream)?),
+        })
+    }
+
     /// Has what was read acknowledged now (TCP_QUICKACK, tcp(7), which the kernel takes back on its own), for when more must
     /// come before there is an answer, which would acknowledge it too.
     ///
@@ -86,14 +109,15 @@ impl Stream {
     }
 }
 
-/// Accepts for ever, and spawns `serve` for each connection; one beyond `limit` is closed at once.
-pub async fn accept_loop<F>(
+/// Accepts for ever, and has each connection served by one of the threads; one beyond `limit` is closed at once.
+pub(super) async fn accept_loop<F>(
     listener: Listener,
     service: Service,
     limit: usize,
     tracker: TaskTracker,
     metrics: ConnectionMetrics,
-    serve: impl Fn(Stream) -> F,
+    threads: Threads,
+    serve: impl Fn(Stream) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -108,10 +132,10 @@ pub async fn accept_loop<F>(
             Ok(stream) if tracker.len() < limit => {
                 refused.store(0, Ordering::Relaxed);
                 metrics.accepted.inc();
-                let (open, connection) = (OneMore::of(&metrics.open), serve(stream));
-                tracker.spawn(async move {
-                    connection.await;
-                    drop(open);
+                let (serve, counted) = (serve.clone(), (OneMore::of(&metrics.open), tracker.token()));
+                threads.serve(stream, |stream| async move {
+                    serve(stream).await;
+                    drop(counted);
                 });
             }
             // Closing tells the MTA at once, which answers its client 4xx; left in the queue it would wait.

@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
     os::fd::{AsRawFd, OwnedFd},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -24,6 +24,7 @@ use tokio::{
 };
 use tracing::{debug, error, warn};
 
+use super::threads::Threads;
 use crate::{
     monitor::{
         self, End, Event, History, Inspection, JobId, MAX_PACKET, MAX_REPORT, Phase, Question, Refusal,
@@ -44,6 +45,9 @@ const MAX_LOG_ENTRIES: usize = 8;
 /// Questions to the system under way at a time. Together with [`MAX_INSPECTIONS`] and [`MAX_LOG_ENTRIES`] no more than
 /// the monitor allows, so that filters keep their places.
 const MAX_QUESTIONS: usize = 8;
+
+/// Questions to NSS among them: if it hangs, there is still one for a file.
+const MAX_NSS_QUESTIONS: usize = MAX_QUESTIONS - 1;
 
 /// How long a question to the system may take, the wait for its turn included: a user database that hangs must not hold
 /// up the answer to the MTA for longer than that.
@@ -82,8 +86,11 @@ pub struct Monitor {
     inspections: Limit,
     log_entries: Limit,
     questions: Arc<Semaphore>,
+    nss_questions: Arc<Semaphore>,
     drain: watch::Sender<Option<Drain>>,
     history: watch::Sender<History>,
+    /// Those who serve, once they do.
+    threads: OnceLock<Threads>,
 }
 
 /// Jobs that only touch files, under way at a time: one for each user, since a home that hangs must not keep others
@@ -225,8 +232,10 @@ impl Monitor {
             inspections: Limit::new(MAX_INSPECTIONS),
             log_entries: Limit::new(MAX_LOG_ENTRIES),
             questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
+            nss_questions: Arc::new(Semaphore::new(MAX_NSS_QUESTIONS)),
             drain: watch::Sender::new(None),
             history: watch::Sender::new(history),
+            threads: OnceLock::new(),
         })
     }
 
@@ -237,6 +246,11 @@ impl Monitor {
     /// If it can't be said. As with every request, there is no answer at all if the monitor is gone.
     pub async fn ready(&self) -> io::Result<()> {
         self.send_packet(&Request::Ready, &[]).await
+    }
+
+    /// Has the monitor told that this worker is alive only when all these threads are.
+    pub(super) fn serve_by(&self, threads: Threads) {
+        let _ = self.threads.set(threads);
     }
 
     /// Resolves when the monitor asks to drain, or changes how.
@@ -324,8 +338,15 @@ impl Monitor {
             Question::Uid(_) | Question::Host { .. } => MAX_REPORT_LENGTH,
         };
         let answer = async {
+            // That of NSS first: whoever waits for it must not hold one of everybody's.
+            let of_nss = match question {
+                Question::File(_) => None,
+                Question::Uid(_) | Question::Host { .. } => {
+                    Arc::clone(&self.nss_questions).acquire_owned().await.ok()
+                }
+            };
             let permit = Arc::clone(&self.questions).acquire_owned().await.ok();
-            self.ask_child([None, permit], limit, |job| Request::Ask { job, question }).await
+            self.ask_child([of_nss, permit], limit, |job| Request::Ask { job, question }).await
         };
         let mut bytes = timeout(QUESTION_TIME_LIMIT, answer).await.map_err(|_| InspectError::NoAnswer)??;
         let (report, rest) = monitor::decode_first(&bytes).map_err(|_| InspectError::NoAnswer)?;
@@ -460,6 +481,16 @@ impl Monitor {
         }
     }
 
+    /// Tells the monitor that all who serve can answer.
+    async fn answer(self: Arc<Self>) {
+        if let Some(threads) = self.threads.get() {
+            threads.answer().await;
+        }
+        if let Err(error) = self.send_packet(&Request::Alive, &[]).await {
+            warn!("the monitor can't be answered: {error}");
+        }
+    }
+
     /// Hands events to those who wait for them; ends the process when the monitor is gone, since nobody could be
     /// asked any more.
     async fn listen(self: Arc<Self>) {
@@ -483,12 +514,7 @@ impl Monitor {
                         let _ = waiting.sender.send(Ended { end, elapsed: Duration::from_micros(elapsed) });
                     }
                 }
-                // By a task of the runtime: who answers here can answer others.
-                Ok(Event::Ping) => {
-                    if let Err(error) = self.send_packet(&Request::Alive, &[]).await {
-                        warn!("the monitor can't be answered: {error}");
-                    }
-                }
+                Ok(Event::Ping) => drop(tokio::spawn(Arc::clone(&self).answer())),
                 Ok(Event::Drain { connections }) => {
                     self.drain.send_replace(Some(Drain { connections }));
                 }
@@ -605,12 +631,63 @@ mod tests {
         assert_eq!(capture.bytes, b"abcabcabc");
     }
 
-    #[tokio::test]
-    async fn a_monitor_that_is_gone_is_no_error_that_could_let_mail_in() {
+    /// A worker's end, and the monitor's, from which nobody reads.
+    fn pair() -> (Monitor, OwnedFd) {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        let monitor = Monitor::unheard(ours, History::new(None)).unwrap();
+        (Monitor::unheard(ours, History::new(None)).unwrap(), theirs)
+    }
+
+    #[tokio::test]
+    async fn a_question_that_is_given_up_before_it_is_sent_gives_its_permits_back() {
+        let (monitor, _theirs) = pair();
+        let soon = Duration::from_millis(100);
+        while timeout(soon, monitor.ready()).await.is_ok() {}
+        let name = || UserName::try_from("alice".to_owned()).unwrap();
+        let user = User { name: name(), account: crate::user::Account::Passwd, program: None };
+        for _ in 0..3 {
+            assert!(timeout(soon, monitor.uid(name())).await.is_err(), "sent, though the socket is full");
+            assert!(timeout(soon, monitor.inspect(&user)).await.is_err());
+            assert_eq!(monitor.questions.available_permits(), MAX_QUESTIONS);
+            assert_eq!(monitor.nss_questions.available_permits(), MAX_NSS_QUESTIONS);
+            assert_eq!(monitor.inspections.all.available_permits(), MAX_INSPECTIONS);
+            assert!(monitor.waiting().is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn questions_to_nss_leave_a_place_for_one_about_a_file() {
+        let (monitor, theirs) = pair();
+        let monitor = Arc::new(monitor);
+        for number in 0..2 * MAX_QUESTIONS {
+            let (monitor, name) =
+                (Arc::clone(&monitor), UserName::try_from(format!("user{number}")).unwrap());
+            tokio::spawn(async move { monitor.uid(name).await });
+        }
+        let mut buffer = [0; 1024];
+        let mut packets = async |monitor: &Monitor| {
+            let mut files = Vec::new();
+            // Until nothing more comes.
+            while let Ok(received) = {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                sys::receive_with_descriptors(&theirs, &mut buffer)
+            } {
+                let request = monitor::decode(&buffer[..received.length]).unwrap();
+                files.push(matches!(request, Request::Ask { question: Question::File(0), .. }));
+            }
+            (files, monitor.questions.available_permits())
+        };
+        let (files, left) = packets(&monitor).await;
+        assert_eq!((files, left), (vec![false; MAX_NSS_QUESTIONS], 1));
+        let asking = Arc::clone(&monitor);
+        tokio::spawn(async move { asking.read(0).await });
+        assert_eq!(packets(&monitor).await.0, [true]);
+    }
+
+    #[tokio::test]
+    async fn a_monitor_that_is_gone_is_no_error_that_could_let_mail_in() {
+        let (monitor, theirs) = pair();
         monitor.ready().await.unwrap();
         drop(theirs);
         assert!(timeout(Duration::from_millis(50), monitor.ready()).await.is_err(), "an answer from nobody");

@@ -5,6 +5,8 @@ mod accept;
 mod channel;
 mod confine;
 mod http;
+mod threads;
+mod user;
 
 use std::{
     future::Future,
@@ -13,7 +15,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use caps::CapSet;
 use nix::{
     sys::{
         prctl,
@@ -21,14 +22,17 @@ use nix::{
         signal::Signal,
         stat::{Mode, umask},
     },
-    unistd::{Gid, Pid, Uid, User, getgrouplist, getppid, setgroups, setresgid, setresuid},
+    unistd::{Pid, Uid, getppid},
 };
-use tokio::{runtime::Runtime, sync::watch, time::timeout};
+use threads::{Threads, runtime};
+use tokio::{sync::watch, time::timeout};
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-pub use accept::{Listener, Stream, accept_loop};
+use accept::accept_loop;
+pub use accept::{Listener, Stream};
 pub use channel::{Drain, Ended, Finished, InspectError, Monitor, RunRequest};
+pub use user::{UserError, WorkerUser};
 
 use crate::{
     config::Config,
@@ -51,6 +55,8 @@ const REFRESH_INTERVAL: Duration = Duration::from_millis(500);
 pub struct Inherited {
     /// The configuration.
     pub settings: Arc<Config>,
+    /// Who to be.
+    pub user: WorkerUser,
     /// The parent.
     pub monitor: Pid,
     /// The socket to the parent.
@@ -67,18 +73,11 @@ pub struct Inherited {
     pub history: History,
 }
 
-/// Exit status of a worker whose configuration can't be used: EX_CONFIG of sysexits.h.
-pub const MISCONFIGURED: i32 = 78;
-
 /// Why a worker can't serve.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WorkerError {
     #[error("{what}")]
     System { what: &'static str, source: std::io::Error },
-    #[error("user {0} does not exist; create it, or set server.user to an unprivileged account")]
-    NoUser(String),
-    #[error("user {0} is root; set server.user to an unprivileged account")]
-    RootUser(String),
     #[error("privileges could be regained")]
     NotDropped,
     #[error("the monitor is gone")]
@@ -91,9 +90,9 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Work
 
 /// Runs a worker in a process that was just forked from the monitor. Returns the exit status.
 pub fn start(inherited: Inherited) -> i32 {
-    let threads = threads();
+    let threads = Threads::count();
     in_confined_process(inherited, |inherited, files| {
-        runtime(threads)?.block_on(serve(inherited, files)).map(|()| 0)
+        runtime().map_err(system("tokio"))?.block_on(serve(inherited, files, threads)).map(|()| 0)
     })
 }
 
@@ -120,7 +119,7 @@ where
     F: Future<Output = i32>,
 {
     in_process(inherited, |inherited| {
-        runtime(threads())?.block_on(async {
+        runtime().map_err(system("tokio"))?.block_on(async {
             let monitor = Monitor::new(inherited.channel, inherited.history)
                 .map_err(system("channel to the monitor"))?;
             monitor.ready().await.map_err(system("telling the monitor"))?;
@@ -140,26 +139,9 @@ fn in_process(inherited: Inherited, body: impl FnOnce(Inherited) -> Result<i32, 
         Ok(status) => status,
         Err(error) => {
             error!("worker: {}", Chain(&error));
-            match error {
-                WorkerError::NoUser(_) | WorkerError::RootUser(_) => MISCONFIGURED,
-                _ => 1,
-            }
+            1
         }
     }
-}
-
-fn runtime(threads: usize) -> Result<Runtime, WorkerError> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(threads).enable_all().build().map_err(system("tokio"))
-}
-
-/// Most threads that serve. One answers tens of thousands of requests a second, and each message that one hands to another
-/// costs two system calls; the MTA and the filters have more use for the other processors.
-const MAX_THREADS: usize = 4;
-
-/// One for each processor, up to [`MAX_THREADS`]. Counting processors reads files, which a confined process can't.
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |processors| processors.get().min(MAX_THREADS))
 }
 
 /// Leaves nothing of the monitor but what is needed.
@@ -177,46 +159,19 @@ fn prepare_process(inherited: &Inherited) -> Result<(), WorkerError> {
         warn!(wanted, hard, "RLIMIT_NOFILE stays at {soft}: {error}");
     }
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("setrlimit"))?;
-    drop_privileges(&inherited.settings.server.user)?;
+    inherited.user.take_over()?;
     prctl::set_no_new_privs().map_err(system("prctl(PR_SET_NO_NEW_PRIVS)"))?;
     prctl::set_dumpable(false).map_err(system("prctl(PR_SET_DUMPABLE)"))?;
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(system("prctl(PR_SET_PDEATHSIG)"))?;
     if getppid() == inherited.monitor { Ok(()) } else { Err(WorkerError::Orphan) }
 }
 
-/// Becomes the worker's user for good. Without root nothing can be changed, nor is there anything to lose.
-pub(crate) fn drop_privileges(name: &str) -> Result<(), WorkerError> {
-    if !Uid::effective().is_root() {
-        return Ok(());
-    }
-    let user = User::from_name(name).map_err(system("getpwnam"))?;
-    let user = user.ok_or_else(|| WorkerError::NoUser(name.into()))?;
-    if user.uid.is_root() {
-        return Err(WorkerError::RootUser(name.into()));
-    }
-    let c_name = std::ffi::CString::new(name).map_err(system("user name"))?;
-    let groups = getgrouplist(&c_name, user.gid).map_err(system("getgrouplist"))?;
-    // While there is the right to: nothing that is executed could ever give any back. Whoever started us may have taken that
-    // right, and what it would take away, already.
-    for set in [CapSet::Bounding, CapSet::Inheritable] {
-        if let Err(error) = caps::clear(None, set) {
-            warn!("capabilities that no program is executed to use stay: {error}");
-        }
-    }
-    setgroups(&groups).map_err(system("setgroups"))?;
-    setresgid(user.gid, user.gid, user.gid).map_err(system("setresgid"))?;
-    setresuid(user.uid, user.uid, user.uid).map_err(system("setresuid"))?;
-    let (root, wheel) = (Uid::from_raw(0), Gid::from_raw(0));
-    let dropped = setresuid(root, root, root).is_err()
-        && (user.gid == wheel || setresgid(wheel, wheel, wheel).is_err())
-        && Uid::current() == user.uid;
-    if dropped { Ok(()) } else { Err(WorkerError::NotDropped) }
-}
-
-async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
+async fn serve(inherited: Inherited, files: Files, threads: usize) -> Result<(), WorkerError> {
     let settings = inherited.settings;
     let monitor =
         Monitor::new(inherited.channel, inherited.history).map_err(system("channel to the monitor"))?;
+    let threads = Threads::start(threads).map_err(system("threads"))?;
+    monitor.serve_by(threads.clone());
     // Transactions and policy requests under way; connections have trackers of their own.
     let transactions = TaskTracker::new();
     let metrics = Arc::new(Metrics::new(&settings, monitor.history()));
@@ -245,14 +200,14 @@ async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
         let (service, tracker) = (milter.clone(), milter_connections.clone());
         let counted = metrics.connections.of(Service::Milter).clone();
         let serve = move |stream| service.clone().serve(stream);
-        let accept = accept_loop(listener, Service::Milter, limit, tracker, counted, serve);
+        let accept = accept_loop(listener, Service::Milter, limit, tracker, counted, threads.clone(), serve);
         acceptors.push(tokio::spawn(accept));
     }
     for listener in policy_listeners {
         let (service, tracker, drain) = (Arc::clone(&policy), policy_connections.clone(), drain.clone());
         let counted = metrics.connections.of(Service::Policy).clone();
         let serve = move |stream| policy::serve(Arc::clone(&service), stream, drain.clone());
-        let accept = accept_loop(listener, Service::Policy, limit, tracker, counted, serve);
+        let accept = accept_loop(listener, Service::Policy, limit, tracker, counted, threads.clone(), serve);
         acceptors.push(tokio::spawn(accept));
     }
     let watched = Arc::new(http::Watched {
@@ -270,8 +225,9 @@ async fn serve(inherited: Inherited, files: Files) -> Result<(), WorkerError> {
         for listener in listeners {
             let (watched, counted) = (Arc::clone(&watched), metrics.connections.of(service).clone());
             let serve = move |stream| http::serve(Arc::clone(&watched), service, stream);
-            let tracker = tracker.clone();
-            let accept = accept_loop(listener, service, http::MAX_CONNECTIONS, tracker, counted, serve);
+            let (tracker, threads) = (tracker.clone(), threads.clone());
+            let limit = http::MAX_CONNECTIONS;
+            let accept = accept_loop(listener, service, limit, tracker, counted, threads, serve);
             watchers.push(tokio::spawn(accept));
         }
     }

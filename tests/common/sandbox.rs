@@ -3,6 +3,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 /// A temporary directory (in $TMPDIR or /tmp) that other users may enter, as filters run as them.
 ///
@@ -46,8 +47,7 @@ impl Sandbox {
     /// Writes a file (mode 0644) and returns its path.
     pub fn write(&self, name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
         let path = self.join(name);
-        fs::write(&path, contents).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        set_mode(&path, 0o644);
+        write_long_ago(&path, contents);
         path
     }
 }
@@ -65,6 +65,15 @@ impl Drop for Sandbox {
 /// Whether the environment asks to keep what a test leaves behind (`KEEP=1`).
 pub fn kept() -> bool {
     std::env::var("KEEP").is_ok_and(|value| !value.is_empty() && value != "0")
+}
+
+/// Writes a file (mode 0644) that nobody takes for one that is just being written, and waits for.
+pub(super) fn write_long_ago(path: &Path, contents: impl AsRef<[u8]>) {
+    let written = fs::write(path, contents).and_then(|()| fs::File::options().write(true).open(path));
+    let long_ago = SystemTime::now() - Duration::from_secs(60);
+    let aged = written.and_then(|file| file.set_modified(long_ago));
+    aged.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    set_mode(path, 0o644);
 }
 
 pub(super) fn set_mode(path: &Path, mode: u32) {

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::sandbox::{Sandbox, make_directory, set_mode, set_owner};
+use super::sandbox::{Sandbox, make_directory, set_mode, set_owner, write_long_ago};
 use super::{require, require_root};
 
 /// The users of a passwd-file, with homes in a sandbox that only they may enter.
@@ -74,8 +74,7 @@ impl VirtualUsers {
         let line = |user: &Account| {
             format!("{}:x:{}:{}::{}:/bin/sh\n", user.name, user.uid, user.gid, user.home.display())
         };
-        fs::write(&self.passwd_file, self.users.iter().map(line).collect::<String>()).unwrap();
-        set_mode(&self.passwd_file, 0o644);
+        write_long_ago(&self.passwd_file, self.users.iter().map(line).collect::<String>());
     }
 }
 

@@ -21,6 +21,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use common::own_monitor::{self, MONITOR, Test};
 use common::process::Server;
 use common::{Sandbox, VirtualUsers, wait_until};
@@ -33,6 +35,7 @@ const SOON: Duration = Duration::from_secs(15);
 
 const TESTS: &[Test] = &[
     ("a_worker_that_breaks_the_protocol_is_ended_and_followed_by_another", malformed),
+    ("a_first_worker_that_dies_as_soon_as_it_is_ready_is_followed_by_another", vanished),
     ("nothing_is_kept_of_refused_descriptors_even_when_they_run_short", short_of_descriptors),
     ("no_request_runs_what_is_no_users_own_filter", foreign_users),
     ("a_filter_gets_no_descriptor_of_another_kind", wrong_kinds),
@@ -204,6 +207,19 @@ fn malformed() {
             assert_eq!(scene.ran(user), "", "{attack}: {user}");
         }
     }
+}
+
+/// The monitor hears that the worker is ready and that it has ended at once.
+fn vanished() {
+    let scene = Scene::new();
+    let mut monitor = scene.start("vanish", None);
+    wait_for(&scene.mark("attacks"));
+    let has_ended = || children(monitor.pid()).iter().all(|pid| !site::runs(*pid));
+    assert!(wait_until(SOON, has_ended), "the worker did not end");
+    monitor.server.signal(Signal::SIGCONT);
+    wait_for(&scene.mark("honest"));
+    let log = monitor.stop();
+    assert!(log.contains("worker died; starting another"), "{log}");
 }
 
 fn short_of_descriptors() {
@@ -393,7 +409,7 @@ fn flood() {
     // max-processes, and 32 inspections; the worker itself is a child too.
     let (limit, mut most) = (4 + 32 + 1, 0);
     wait_until(SOON, || {
-        most = most.max(children(monitor.pid()));
+        most = most.max(children(monitor.pid()).len());
         scene.mark("honest").exists()
     });
     wait_for(&scene.mark("honest"));
@@ -414,7 +430,7 @@ fn flood_and_stop() {
     assert!(start.elapsed() < Duration::from_secs(9), "{:?}", start.elapsed());
 }
 
-fn children(pid: u32) -> usize {
-    fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
-        .map_or(0, |text| text.split_whitespace().count())
+fn children(pid: u32) -> Vec<u32> {
+    let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    listed.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
 }

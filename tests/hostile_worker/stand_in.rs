@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::fcntl::{OFlag, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, pipe, setgroups, setresgid, setresuid};
 use serde::Serialize;
@@ -72,12 +73,22 @@ pub(super) struct StandIn {
 /// The first life attacks, the next one is honest.
 pub(crate) fn start(inherited: Inherited) -> i32 {
     let arguments: Vec<String> = std::env::args().collect();
+    let marks = Path::new(&arguments[3]).join("marks");
+    let attacks = arguments[4] != "nothing" && !marks.join("attacks").exists();
+    let vanishes = attacks && arguments[4] == "vanish";
+    if vanishes {
+        // Whoever waits for our end lets it go on.
+        kill(inherited.monitor, Signal::SIGSTOP).unwrap();
+    }
     let nobody = nix::unistd::User::from_name("nobody").unwrap().unwrap();
     drop_to(nobody.uid, nobody.gid);
     let it = StandIn { channel: inherited.channel, scene: arguments[3].clone().into() };
     it.send(&Request::Ready, &[]);
-    if arguments[4] != "nothing" && !it.scene.join("marks/attacks").exists() {
-        it.settle();
+    if vanishes {
+        it.mark("attacks", "");
+        return 0;
+    }
+    if attacks {
         it.mark("attacks", "");
         it.attack(&arguments[4]);
         // Long enough for the monitor to end what must be ended.
@@ -114,14 +125,6 @@ impl StandIn {
 
     pub(super) fn alice(&self) -> User {
         virtual_user("alice", 5001, 5001, self.home("alice"))
-    }
-
-    /// Waits until the monitor has taken note that this worker serves: a first one that fails before is its end.
-    fn settle(&self) {
-        let (report, theirs) = pipe().unwrap();
-        self.send(&Request::Inspect { job: 0, user: self.alice() }, &[theirs.as_raw_fd()]);
-        drop(theirs);
-        self.end(0, report);
     }
 
     fn serve_nobody(&self) -> i32 {

@@ -33,7 +33,7 @@ use crate::{
     logging::Chain,
     metrics::FilterMetrics,
     monitor::Phase,
-    recipient::Source,
+    recipient::{Decision, Source},
     reply::Reply,
     resolver,
     rules::Rules,
@@ -246,7 +246,16 @@ async fn trial(
         .into_iter()
         .chain(directory)
         .chain(own)
-        .find_map(|(rules, whose)| ruling::decide(rules, whose, envelope, named, size).decision)
+        .find_map(|(rules, whose)| {
+            let ruled = ruling::decide(rules, whose, envelope, named, size);
+            let waits = phase == Phase::Recipient && ruled.is_provisional();
+            let until_the_size_is_known = |decision: Decision| Decision {
+                opinion: Opinion::Accept,
+                by: format!("{}, which waits for the size", decision.by),
+                ..decision
+            };
+            if waits { ruled.decision.map(until_the_size_is_known) } else { ruled.decision }
+        })
         .map(|decision| decision.in_words_for(envelope));
     if let Some(decision) = by_rules {
         return Ok(Trial::without_filter(decision.opinion, decision.by, rules_error));

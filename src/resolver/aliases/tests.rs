@@ -1,6 +1,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use tempfile::TempDir;
 
@@ -17,6 +18,11 @@ impl Site {
         let here = dir.path().to_str().unwrap();
         fs::write(dir.path().join("aliases"), aliases.replace("HERE", here)).unwrap();
         fs::write(dir.path().join("virtual"), virtuals).unwrap();
+        for name in ["aliases", "virtual"] {
+            // Or they would be waited for, as if somebody were writing them.
+            let file = fs::File::options().write(true).open(dir.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(60)).unwrap();
+        }
         Self { aliases: Aliases::open(&[dir.path().join("aliases")], &[dir.path().join("virtual")]), dir }
     }
 
@@ -24,6 +30,12 @@ impl Site {
         let path = self.dir.path().join(name);
         fs::write(&path, text.replace("HERE", self.dir.path().to_str().unwrap())).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    }
+
+    /// What is written in place counts in the second look.
+    fn refresh(&self) {
+        self.aliases.refresh();
+        self.aliases.refresh();
     }
 
     /// `ours.example` and bare names are ours.
@@ -163,7 +175,9 @@ fn a_source_that_was_never_readable_makes_the_answer_unknown() {
     let ask = |name| aliases.lookup(&address(name), Stage::Local, true, "");
     assert!(matches!(ask("a"), Lookup::Found(_)));
     assert!(matches!(ask("c"), Lookup::Unavailable(reason) if reason.contains("two: No such file")));
-    fs::write(&paths[1], "").unwrap();
+    fs::write(&paths[1], "b: a\n").unwrap();
+    aliases.refresh();
+    assert!(matches!(ask("c"), Lookup::Unavailable(_)), "it may be half-written");
     aliases.refresh();
     assert_eq!(ask("c"), Lookup::NotFound);
 }
@@ -174,25 +188,21 @@ fn included_files_stand_in_place_and_are_read_again() {
     assert!(site.local_alias("list").unwrap().starts_with("a unjudged(:include:HERE/members: No such file"));
     site.write("members", "b\n# c\nd, :include:HERE/more\n");
     site.write("more", "e\n:include:HERE/members\n");
-    site.aliases.refresh();
+    site.refresh();
     assert_eq!(site.local_alias("list").as_deref(), Some("a b d e z"));
     site.write("more", "f\n");
     assert_eq!(site.local_alias("list").as_deref(), Some("a b d e z"));
-    // What is written in place counts in the second look.
-    site.aliases.refresh();
-    site.aliases.refresh();
+    site.refresh();
     assert_eq!(site.local_alias("list").as_deref(), Some("a b d f z"));
     site.write("members", "#\n");
-    site.aliases.refresh();
-    site.aliases.refresh();
+    site.refresh();
     assert_eq!(
         site.local_alias("list").as_deref(),
         Some("a unjudged(:include:HERE/members: lists nobody) z")
     );
     assert_eq!(site.aliases.files.lock().unwrap().includes.len(), 1);
     site.write("members", "g\n");
-    site.aliases.refresh();
-    site.aliases.refresh();
+    site.refresh();
     fs::remove_file(site.dir.path().join("members")).unwrap();
     site.aliases.refresh();
     assert_eq!(site.local_alias("list").as_deref(), Some("a g z"));
@@ -202,7 +212,7 @@ fn included_files_stand_in_place_and_are_read_again() {
 fn an_included_file_that_others_can_write_is_not_believed() {
     let site = Site::new("list: a, :include:HERE/members\n", "");
     site.write("members", "b\n");
-    site.aliases.refresh();
+    site.refresh();
     assert_eq!(site.local_alias("list").as_deref(), Some("a b"));
     let path = site.dir.path().join("members");
     fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
@@ -218,14 +228,13 @@ fn files_that_include_each_other_without_end_list_nobody() {
     let site = Site::new("list: :include:HERE/a\n", "");
     site.write("a", ":include:HERE/b\n");
     site.write("b", ":include:HERE/a\n");
-    site.aliases.refresh();
+    site.refresh();
     assert_eq!(site.local_alias("list").as_deref(), Some("unjudged(a list of nobody)"));
     for depth in 0..=MAX_INCLUDE_DEPTH {
         site.write(&format!("n{depth}"), &format!("m{depth}, :include:HERE/n{}\n", depth + 1));
     }
     site.write("aliases", "list: :include:HERE/n1\n");
-    site.aliases.refresh();
-    site.aliases.refresh();
+    site.refresh();
     let found = site.local_alias("list").unwrap();
     let deepest =
         format!("m{MAX_INCLUDE_DEPTH} unjudged(:include:HERE/n{}: included too deep)", MAX_INCLUDE_DEPTH + 1);
@@ -247,7 +256,7 @@ fn a_list_of_a_million_costs_no_more_than_one_of_a_thousand() {
 fn problems_are_known_by_file_and_line() {
     let site = Site::new("bad\nlist: :include:HERE/members\n", "b@ad");
     site.write("members", "ok\n@\n");
-    site.aliases.refresh();
+    site.refresh();
     let problems = site.aliases.problems();
     let mut places: Vec<_> = problems
         .iter()

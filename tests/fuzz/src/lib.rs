@@ -5,6 +5,7 @@ mod worker;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::UNIX_EPOCH;
 
 pub use worker::{Plan, with_worker};
 
@@ -12,6 +13,9 @@ pub use worker::{Plan, with_worker};
 pub fn file(name: &str, text: &[u8]) -> PathBuf {
     let path = directory().join(name);
     fs::write(&path, text).expect("a file of our own");
+    // Or it would be waited for, as if somebody were writing it.
+    let long_ago = fs::File::options().write(true).open(&path).and_then(|f| f.set_modified(UNIX_EPOCH));
+    long_ago.expect("a file of our own");
     path
 }
 
