@@ -1,22 +1,19 @@
 //! Clients, as many as asked for, each with a connection of its own and one question at a time.
 //!
-//! They are to cost little, since both sides have them: a few threads, no more than processors, look after all
-//! connections with epoll(7). A thread for each, which sleeps in read(2), costs a third more.
+//! Each is a thread that sleeps in read(2) until its answer comes, as each smtpd(8) of Postfix is a process that does. A few
+//! threads with epoll(7) for all of them would cost a third less, and be nobody's client.
 
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::Plan;
 use crate::accounting::{Measuring, Server, Watch};
 use crate::report::{Measured, Round};
 
 /// A connection over which one question is asked again and again.
-pub(crate) trait Client: AsFd {
+pub(crate) trait Client {
     /// Asks.
     fn ask(&mut self);
 
@@ -44,28 +41,23 @@ impl Answered {
 
 /// Asks for as long as is planned. Connecting, and each client's first question, are not in the time.
 pub(crate) fn ask<C: Client>(clients: usize, plan: Plan, connect: impl Fn() -> C + Sync) -> Answered {
-    let threads = clients.min(processors());
-    let start = Barrier::new(threads);
+    let start = Barrier::new(clients);
     let rates = thread::scope(|scope| {
-        let (connect, start) = (&connect, &start);
-        let threads: Vec<_> = (0..threads)
-            .map(|n| {
-                // As even as can be.
-                let clients = (clients - n).div_ceil(threads);
-                scope.spawn(move || {
-                    let mut clients: Vec<C> = (0..clients).map(|_| connect()).collect();
-                    clients.iter_mut().for_each(Client::ask_and_wait);
+        let clients: Vec<_> = (0..clients)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut client = connect();
+                    client.ask_and_wait();
                     start.wait();
-                    keep_asking(&mut clients, plan.duration)
+                    keep_asking(&mut client, plan.duration)
                 })
             })
             .collect();
-        let threads =
-            threads.into_iter().map(|thread| thread.join().expect("clients that got their answers"));
-        threads.collect::<Vec<_>>()
+        let clients = clients.into_iter().map(|client| client.join().expect("a client that got its answers"));
+        clients.collect::<Vec<_>>()
     });
     let seconds = plan.duration.as_secs_f64();
-    // Of each thread in its own time: one may have to wait for its last answers when others are done.
+    // Of each in its own time: one may have to wait for its last answer when others are done.
     Answered { count: rates.iter().map(Answered::per_second).sum::<f64>() * seconds, seconds }
 }
 
@@ -74,27 +66,11 @@ pub(crate) fn processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn keep_asking<C: Client>(clients: &mut [C], duration: Duration) -> Answered {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
-    let (began, mut count, mut open) = (Instant::now(), 0_u32, clients.len());
-    for (n, client) in clients.iter_mut().enumerate() {
-        epoll.add(&*client, EpollEvent::new(EpollFlags::EPOLLIN, n as u64)).expect("epoll_ctl");
-        client.ask();
-    }
-    let mut events = [EpollEvent::empty(); 64];
-    while open > 0 {
-        let ready = epoll.wait(&mut events, EpollTimeout::NONE).expect("epoll_wait");
-        for event in &events[..ready] {
-            let client = &mut clients[event.data() as usize];
-            if client.advance() {
-                count += 1;
-                if began.elapsed() < duration {
-                    client.ask();
-                } else {
-                    open -= 1;
-                }
-            }
-        }
+fn keep_asking(client: &mut impl Client, duration: Duration) -> Answered {
+    let (began, mut count) = (Instant::now(), 0_u32);
+    while began.elapsed() < duration {
+        client.ask_and_wait();
+        count += 1;
     }
     Answered { count: count.into(), seconds: began.elapsed().as_secs_f64() }
 }

@@ -2,7 +2,6 @@
 //! agreed on, everything up to the next wait in one write, no more of a message after it was accepted.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::common::Sandbox;
@@ -256,12 +255,6 @@ impl Client for Session {
         assert_ne!(self.steps[self.step].1, b'R', "a recipient was refused");
         assert!(self.end.is(answer), "the milter said {:?} of the message", char::from(answer));
         true
-    }
-}
-
-impl AsFd for Session {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Command, Stdio};
 
 use crate::accounting::Server as Measured;
@@ -113,11 +112,5 @@ impl Client for Connection<'_> {
             "another answer than expected"
         );
         is_complete
-    }
-}
-
-impl AsFd for Connection<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
     }
 }

@@ -156,7 +156,7 @@ fn references(rows: &[Row]) {
 /// The table of what each process spends on one request or message, in the mean of all rounds.
 fn processes(figure: &Figure, rounds: &[Round]) {
     let sides = || {
-        let references = (0..rounds[0].references.len()).map(|n| Side::Reference(n));
+        let references = (0..rounds[0].references.len()).map(Side::Reference);
         [Side::Ours, Side::Floor].into_iter().chain(references)
     };
     let spent = |side: Side| rounds.iter().map(move |round| side.of(round));
@@ -294,6 +294,6 @@ fn digits(value: f64, limit: f64) -> String {
         return format!("{value:.1}");
     }
     let text = format!("{value:.0}");
-    let separator = |n: usize| if n > 0 && (text.len() - n) % 3 == 0 { "," } else { "" };
+    let separator = |n: usize| if n > 0 && (text.len() - n).is_multiple_of(3) { "," } else { "" };
     text.char_indices().map(|(n, digit)| format!("{}{digit}", separator(n))).collect()
 }

@@ -44,7 +44,9 @@ const PROGRAMS: [&str; 24] = [
 const HARMLESS: [&str; 9] = ["cat", "chmod", "cp", "cut", "mkdir", "mv", "rm", "tee", "touch"];
 
 const STAND_IN: &str = r#"#!/bin/sh
-{ printf '%s\037' "${0#"$STAND_INS/"}" "$@"; echo; } >> "$RECORD"
+# In one piece: programs of a pipeline write at the same time.
+line=$(printf '%s\037' "${0#"$STAND_INS/"}" "$@")
+printf '%s\n' "$line" >> "$RECORD"
 "#;
 
 /// Where a shell finds the program, and the usual ones.
