@@ -9,29 +9,33 @@ use crate::common::milter::{ALL_ACTIONS, Frame, protocol};
 use crate::common::stream::Stream;
 use crate::floors::{Floor, Running};
 use crate::load::{Answered, Client, Side};
-use crate::report::Outcome;
+use crate::report::{Outcome, Round};
 use crate::site::{self, PLAIN, SENDER, Site};
 use crate::{Plan, load};
 
 const CONNECTIONS: usize = 4;
 
 pub(crate) fn no_filter(site: &Site, plan: Plan) -> Outcome {
-    against(site, plan, &Floor::milter())
+    against(site, plan, &Floor::milter(), None)
 }
 
 pub(crate) fn against_libmilter(site: &Site, plan: Plan) -> Outcome {
     match Floor::libmilter(&Sandbox::new()) {
-        Some(floor) => against(site, plan, &floor),
+        Some(floor) => against(site, plan, &floor, Some(("floor of milter", &Floor::milter()))),
         None => Outcome::Skipped("no cc or no libmilter; apt-get install gcc libmilter-dev".into()),
     }
 }
 
-fn against(site: &Site, plan: Plan, floor: &Running) -> Outcome {
+fn against(site: &Site, plan: Plan, floor: &Running, reference: Option<(&'static str, &Running)>) -> Outcome {
     let message = Message::new(&[PLAIN], 4096);
     let send = |address: &str| send(address, &message, CONNECTIONS, plan, End::Accepted);
+    let side = |milter: &Running| Side::of(milter.servers(), || send(&milter.address)).measure();
     let ours = Side::of(site.servers(), || send(&site.milter));
-    let floor = Side::of(floor.servers(), || send(&floor.address));
-    Outcome::Measured(load::in_turn(plan, &ours, &floor))
+    Outcome::Measured(load::rounds(plan, || Round {
+        ours: ours.measure(),
+        floor: side(floor),
+        references: reference.iter().map(|(name, milter)| (*name, side(milter))).collect(),
+    }))
 }
 
 /// Sends a message again and again.

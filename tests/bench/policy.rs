@@ -11,7 +11,7 @@ use crate::common::sandbox::Sandbox;
 use crate::common::stream::Stream;
 use crate::floors::{Floor, wait_for_listener};
 use crate::load::{Answered, Client, Side};
-use crate::report::Outcome;
+use crate::report::{Outcome, Round};
 use crate::site::{self, PLAIN, RULED, SENDER, Site};
 use crate::{Plan, common, load};
 
@@ -49,8 +49,16 @@ pub(crate) fn postfwd(site: &Site, plan: Plan) -> Outcome {
     let address = wait_for_listener(port);
     let pid = fs::read_to_string(&pid_file).unwrap().trim().parse().expect("a pid");
     let (request, servers) = (request(PLAIN), vec![Measured { pid, name: "postfwd1" }]);
+    let ours = side(site, PLAIN, plan);
     let floor = Side::of(servers, || ask(&address, &request, plan));
-    Outcome::Measured(load::in_turn(plan, &side(site, PLAIN, plan), &floor))
+    // What a server can reach at most, with these clients on the same processors.
+    let echo = Floor::echo();
+    let most = Side::of(echo.servers(), || ask(&echo.address, &request, plan));
+    Outcome::Measured(load::rounds(plan, || Round {
+        ours: ours.measure(),
+        floor: floor.measure(),
+        references: vec![("echo server that parses nothing", most.measure())],
+    }))
 }
 
 const POSTFWD: &str = "/usr/sbin/postfwd1";
