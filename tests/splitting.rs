@@ -139,7 +139,7 @@ fn without_the_setting_nobody_is_put_off() {
 
 const SENDER: &str = "sam@relay.example";
 
-/// A sending MTA that delivers everything for test.example to the scene's Postfix, and tries again after a second.
+/// A sending MTA that delivers everything for test.example to the scene's Postfix, and tries again after three seconds.
 fn sending_mta(scene: &Scene) -> Postfix {
     Postfix::builder()
         .mailboxes(&[SENDER])
@@ -147,8 +147,10 @@ fn sending_mta(scene: &Scene) -> Postfix {
         .set("myhostname", "mx.relay.example")
         .set("default_transport", format!("smtp:[127.0.0.1]:{}", scene.postfix.port()))
         .set("queue_run_delay", "1s")
-        .set("minimal_backoff_time", "1s")
-        .set("maximal_backoff_time", "1s")
+        // Longer than the delivery agent may still have the file, or else qmgr(8) leaves it where it is, for good ("skipped, still
+        // being delivered").
+        .set("minimal_backoff_time", "3s")
+        .set("maximal_backoff_time", "3s")
         .start()
 }
 
