@@ -282,18 +282,40 @@ impl fmt::Display for Quoted<'_> {
     }
 }
 
+/// What a test has logged.
+#[cfg(test)]
+#[derive(Clone, Default)]
+pub(crate) struct Captured(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+#[cfg(test)]
+impl Captured {
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+#[cfg(test)]
+impl Write for Captured {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
-
     use super::*;
 
     #[test]
     fn fields_are_written_as_the_library_writes_them() {
-        let (ours, theirs) = (Arc::default(), Arc::default());
-        let layer = |buffer: &Arc<Mutex<Vec<u8>>>| {
-            let buffer = Arc::clone(buffer);
-            let writer = move || Buffer(Arc::clone(&buffer));
+        let (ours, theirs) = (Captured::default(), Captured::default());
+        let layer = |captured: &Captured| {
+            let captured = captured.clone();
+            let writer = move || captured.clone();
             tracing_subscriber::fmt::layer().without_time().with_ansi(false).with_writer(writer)
         };
         let both = vec![layer(&ours).fmt_fields(Fields).boxed(), layer(&theirs).boxed()];
@@ -306,23 +328,9 @@ mod tests {
             tracing::error!(message = odd, after = 1);
             tracing::error!(alone = 1);
         });
-        let text = |buffer: Arc<Mutex<Vec<u8>>>| String::from_utf8(buffer.lock().unwrap().clone()).unwrap();
-        let (ours, theirs) = (text(ours), text(theirs));
+        let (ours, theirs) = (ours.text(), theirs.text());
         assert!(ours.lines().count() >= 5);
         assert_eq!(ours, theirs);
-    }
-
-    struct Buffer(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Buffer {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
     }
 
     #[test]

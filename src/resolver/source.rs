@@ -471,6 +471,7 @@ pub(super) fn is_damaged(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::logging::Captured;
     use std::fs::{File, Permissions};
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
@@ -504,24 +505,12 @@ mod tests {
 
     /// What is logged on this thread while `act` runs.
     fn logged(act: impl FnOnce()) -> String {
-        #[derive(Clone, Default)]
-        struct Buffer(Arc<Mutex<Vec<u8>>>);
-        impl Write for Buffer {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0.lock().unwrap().extend_from_slice(bytes);
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let buffer = Buffer::default();
-        let writer = buffer.clone();
+        let captured = Captured::default();
+        let writer = captured.clone();
         let subscriber =
             tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
         tracing::subscriber::with_default(subscriber, act);
-        let bytes = buffer.0.lock().unwrap().clone();
-        String::from_utf8(bytes).unwrap()
+        captured.text()
     }
 
     #[test]
